@@ -1,0 +1,45 @@
+"""Package metadata. Versions are those measured to work together; see README.md."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "unisd_megatron/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
+
+# psutil and tqdm are needed by megatron-core and not declared there.
+CORE = [
+    "torch>=2.11",
+    "megatron-core==0.16.1",
+    "transformers>=5.8,<6",
+    "safetensors>=0.5",
+    "huggingface-hub",
+    "einops",
+    "psutil",
+    "tqdm",
+    "pyyaml",
+    "tensorboard",
+    "matplotlib",
+]
+
+setup(
+    name="unisd_megatron",
+    version=VERSION,
+    description="UniSD self-distillation (arXiv 2605.06597) on Megatron-core",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["unisd_megatron", "unisd_megatron.*"]),
+    package_data={"unisd_megatron": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require={
+        "cpu": ["torch==2.13.0"],
+        "data": ["datasets>=4"],
+        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
+        "vllm": ["vllm>=0.20"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["unisd=unisd_megatron.cli:main"]},
+)

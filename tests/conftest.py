@@ -1,0 +1,35 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World
+
+# Imported before the workers are forked; each costs seconds per worker otherwise.
+PRELOAD: tuple[str, ...] = ()
+
+WORLD = World(4, preload=PRELOAD)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Forks the workers before any test has run: a process that used CUDA or many threads must not fork any more."""
+    if not session.config.option.collectonly and any("world" in getattr(item, "fixturenames", ()) for item in session.items):
+        WORLD.start()
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Four forked gloo workers; see world.py."""
+    yield WORLD
+    WORLD.close()
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """What the released UniSD trainer computed on fixed tensors (unisd.md 1.13)."""
+    return json.loads((Path(__file__).parent / "golden" / "released_loss.json").read_text())

@@ -1,0 +1,170 @@
+"""A distributed world that costs milliseconds: forked gloo workers that live as long as the test session.
+
+    results = world.run(2, fn, *args)      # fn(rank, group, *args) on ranks 0 and 1; results in rank order
+
+A spawned world costs 15-30 s per test (each process imports torch), a forked one 0.2 s, this one the price of a message. Two
+conditions make forking safe and cheap: everything heavy is imported before the fork, and each worker uses one thread.
+
+Inside a call the *default* process group has exactly `size` ranks, so that code which asks for the whole world (Megatron's
+parallel_state) sees the world it is meant to see; `group` is that same group. It is kept until a call asks for another size.
+An exception in a worker is raised again in the parent, with the worker's traceback as its cause. A worker that does not answer
+in time, or fails while others wait for it, costs the pool: it is killed, and the next call forks a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch._dynamo  # imported by the first optimizer or checkpoint anyway; seconds per worker if not done before the fork
+import torch.distributed as dist
+
+GRACE_S = 2.0  # how long the other ranks may take to finish or fail once one rank has failed
+
+
+class WorkerError(RuntimeError):
+    """A worker died, hung, or raised something that cannot be sent to the parent."""
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a worker, as the cause of the exception raised in the parent."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+class World:
+    """Up to `size` workers. `preload` names modules to import before forking, skipped where they are not installed."""
+
+    def __init__(self, size: int = 4, *, preload: Sequence[str] = (), timeout_s: float = 60.0) -> None:
+        self.size = size
+        self.preload = tuple(preload)
+        self.timeout_s = timeout_s
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._calls = 0
+        self._joined = 0  # how many workers share the present default group
+
+    def start(self) -> None:
+        """Forks the workers; done by the first `run` if not before."""
+        for name in self.preload:
+            if importlib.util.find_spec(name.partition(".")[0]) is not None:
+                importlib.import_module(name)
+        self._folder = tempfile.TemporaryDirectory(prefix="world-")
+        context = multiprocessing.get_context("fork")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            inherited = [connection for _, connection in self._workers] + [ours]
+            arguments = (rank, theirs, inherited, self._folder.name, self.timeout_s)
+            process = context.Process(target=_serve, args=arguments, daemon=True, name=f"world-{rank}")
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def run(self, size: int, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """`fn(rank, group, *args)` on the first `size` ranks; what each returned. fn is a function at module level."""
+        if not 1 <= size <= self.size:
+            raise ValueError(f"this world has 1..{self.size} ranks, asked for {size}")
+        if not self._workers:
+            self.start()
+        self._calls += 1
+        store = None if size == self._joined else f"store-{self._calls}"
+        self._joined = size
+        message = pickle.dumps((size, store, fn, args))
+        members = self._workers[:size]
+        try:
+            for _, connection in members:
+                connection.send_bytes(message)
+            answers = self._collect(members, time.monotonic() + (timeout_s or self.timeout_s))
+        except BaseException:  # interrupted: answers to this call must not be read as answers to the next
+            self.close()
+            raise
+        missing = [rank for rank in range(size) if rank not in answers]
+        failures = {rank: answer[1:] for rank, answer in sorted(answers.items()) if answer[0] == "error"}
+        if missing or failures:
+            # Even if every rank answered: after a failure nobody knows which collectives are half done.
+            self.close()
+        if failures:
+            rank, (error, text) = next(iter(failures.items()))
+            raise error from RemoteTraceback(f"rank {rank} of {size}:\n{text}")
+        if missing:
+            raise WorkerError(f"{getattr(fn, '__name__', fn)}: no answer in time from rank(s) {missing} of {size}; pool killed")
+        return [answers[rank][1] for rank in range(size)]
+
+    def _collect(self, members: list[tuple[Any, Connection]], deadline: float) -> dict[int, tuple[Any, ...]]:
+        answers: dict[int, tuple[Any, ...]] = {}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(members)}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(waiting), timeout=left):
+                rank = waiting.pop(connection)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = ("error", WorkerError(f"rank {rank} died"), "no traceback: the process is gone")
+                if answers[rank][0] == "error":
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        return answers
+
+    def close(self) -> None:
+        """Kills the workers; the next `run` forks new ones. Does nothing without workers."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+        self._joined = 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+def _serve(rank: int, connection: Connection, inherited: list[Connection], folder: str, timeout_s: float) -> None:
+    for other in inherited:  # else a worker would keep its siblings' pipes, and itself, alive after the parent's death
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)  # an inherited OpenMP pool has no threads behind it
+    while True:
+        try:
+            size, store, fn, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            break
+        try:
+            if store is not None:
+                _join(rank, size, os.path.join(folder, store), timeout_s)
+            answer: tuple[Any, ...] = ("ok", fn(rank, dist.group.WORLD, *args))
+            message = pickle.dumps(answer)
+        except BaseException as error:  # whatever it is, the parent must learn of it
+            message = _failure(error)
+        connection.send_bytes(message)
+
+
+def _join(rank: int, size: int, store: str, timeout_s: float) -> None:
+    """Makes the first `size` workers the whole world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def _failure(error: BaseException) -> bytes:
+    text = traceback.format_exc()
+    with contextlib.suppress(Exception):
+        message = pickle.dumps(("error", error, text))
+        pickle.loads(message)  # some exceptions can be written and not read
+        return message
+    return pickle.dumps(("error", WorkerError(f"{type(error).__name__}: {error}"), text))

@@ -1,0 +1,391 @@
+"""Every setting of a run: one frozen dataclass per concern, each default in exactly one place. No torch here.
+
+A field's name is its flag (`--like_this` or `--like-this`); its metadata carries the help text. Values are resolved
+by `resolve`: dataclass default < mode row (`modes.MODES`) < `--config` file < command line, and the origin of each is
+kept. `Run.validate` sees contradictions before any process group exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.modes import MODES
+
+
+def setting(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field with its help text; `unit`, `short` and `advanced` may be given as metadata."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model and the batch are cut over ranks (Megatron's names)."""
+
+    tensor_model_parallel_size: int = setting(1, "ranks that share each weight matrix", short="--tp")
+    pipeline_model_parallel_size: int = setting(1, "stages the layers are cut into", short="--pp")
+    sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
+    micro_batch_size: int = setting(1, "sequences per forward pass")
+    global_batch_size: int = setting(16, "sequences per optimizer step, over all ranks")
+    use_distributed_optimizer: bool = setting(False, "shard optimizer state over data-parallel ranks")
+    recompute_granularity: Literal["full", "selective"] | None = setting(None, "recompute activations in the backward pass")
+    bf16: bool = setting(False, "bf16 weights and activations (fp32 main parameters, losses and EMA); fp32 without")
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas in a world of `world_size` ranks; `ConfigError` if the layout does not fill it evenly."""
+        if world_size % self.model_parallel_size:
+            raise ConfigError(
+                f"{world_size} processes cannot hold tensor-parallel {self.tensor_model_parallel_size} x pipeline-parallel "
+                f"{self.pipeline_model_parallel_size}; start a multiple of {self.model_parallel_size}"
+            )
+        return world_size // self.model_parallel_size
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches per replica and optimizer step."""
+        replicas = self.data_parallel_size(world_size)
+        if self.global_batch_size % (self.micro_batch_size * replicas):
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {replicas} data-parallel ranks"
+            )
+        return self.global_batch_size // (self.micro_batch_size * replicas)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which questions, and what the teacher sees beside them."""
+
+    dataset: str | None = setting(None, "task to train on: addition, gsm8k, mbpp")
+    data_path: str | None = setting(None, "read the data set from this JSON or JSONL file (or .gz) instead of the hub")
+    fewshot_method: Literal["random", "retrieval", "induction"] | None = setting(None, "how donors of auxiliary contexts are chosen")
+    num_auxiliary_contexts: int = setting(0, "K, auxiliary contexts per example")
+    demo_k: int = setting(1, "solved examples in each auxiliary context")
+    max_prompt_length: int = setting(1024, "tokens; an example with a longer prompt in any view is dropped and counted")
+    num_train_examples: int | None = setting(None, "use only the first n examples")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How the student's completions are sampled."""
+
+    rollout: Literal["transformers", "replay"] = setting(
+        "transformers", "engine: embedded Hugging Face generation, or completions recorded by an earlier run"
+    )
+    replay_path: str | None = setting(None, "`rollouts` folder of an earlier run, for --rollout replay")
+    temperature: float = setting(0.7, "sampling temperature; student, teacher and negative logits are divided by it")
+    top_p: float = setting(1.0, "nucleus sampling mass")
+    top_k: int = setting(0, "sample among the k likeliest tokens; 0: all")
+    max_completion_length: int = setting(1024, "tokens; a completion is cut there")
+    mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
+    max_logp_gap: float | None = setting(
+        None,
+        "stop when the engine's log-probs of the sampled tokens differ from Megatron's by more than this, "
+        "mean over tokens, nats; default 1e-3 in fp32, 0.1 in bf16",
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss (paper sections 2.1-2.3); what each mode switches on is in `modes.MODES`."""
+
+    alpha: float = setting(0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher")
+    token_clip: float | None = setting(None, "ceiling of a token's divergence, nats")
+    token_clip_quantile: float | None = setting(None, "ceiling as a quantile of the previous step's divergences")
+    gamma_agreement: float | None = setting(None, "strength of the agreement weights")
+    agreement_stat: Literal["var", "range"] = setting("var", "disagreement of the K views: variance or range")
+    contrastive_weight: float = setting(0.0, "weight of the token-level contrast against the negative demonstration")
+    contrastive_margin: float | None = setting(None, "margin of the contrast, nats (0.5)")
+    final_layer_distill_weight: float | None = setting(None, "weight of final-layer feature matching")
+    loss_path: Literal["fused", "materialized"] = setting("fused", "walk the vocabulary in chunks, or hold all logits")
+    semantics: Literal["corrected", "released"] = setting("corrected", "what the names promise, or what the authors' code computes")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which weights the teacher reads with."""
+
+    teacher: Literal["frozen", "ema", "live"] | None = setting(None, "frozen base, moving average, or the student itself")
+    ref_model_sync_steps: int | None = setting(None, "optimizer steps between EMA updates (10)")
+    ref_model_mixup_beta: float | None = setting(None, "EMA weight of the old teacher (0.9)")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and its schedule."""
+
+    learning_rate: float = setting(2e-5, "peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("cosine", "decay after warm-up, to zero")
+    warmup_ratio: float = setting(0.1, "share of the steps with a rising learning rate")
+    weight_decay: float = setting(0.0, "decoupled weight decay")
+    adam_beta1: float = setting(0.9, "first-moment decay")
+    adam_beta2: float = setting(0.999, "second-moment decay")
+    adam_epsilon: float = setting(1e-8, "denominator floor")
+    max_grad_norm: float = setting(1.0, "global gradient norm is clipped to this; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how often saved, where to."""
+
+    output_dir: str | None = setting(None, "folder of the run; must not hold another run")
+    max_steps: int | None = setting(None, "optimizer steps; default: --num_train_epochs passes over the data")
+    num_train_epochs: float = setting(1.0, "passes over the data when --max_steps is not given")
+    seed: int = setting(42, "seed of data order, sampling and contexts")
+    save_steps: int = setting(0, "optimizer steps between checkpoints; 0: only at the end")
+    save_total_limit: int = setting(2, "checkpoints kept; 0: all")
+    eval_steps: int = setting(0, "optimizer steps between held-out evaluations; 0: none")
+    eval_examples: int = setting(300, "held-out questions per evaluation")
+    eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
+    export_hf: bool = setting(True, "write a Hugging Face folder at the end")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole training run."""
+
+    mode: str
+    model_name: str
+    layout: Layout
+    data: Data
+    rollout: Rollout
+    objective: Objective
+    teacher: Teacher
+    optimization: Optimization
+    schedule: Schedule
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def agreement(self) -> Literal["token", "sequence"] | None:
+        return MODES[self.mode].agreement
+
+    @property
+    def divergence_weight(self) -> float:
+        return MODES[self.mode].divergence_weight
+
+    @property
+    def needs_negative(self) -> bool:
+        return self.objective.contrastive_weight > 0
+
+    @property
+    def logp_gap_limit(self) -> float:
+        """Largest accepted mean log-prob gap between engine and trainer, nats."""
+        if self.rollout.max_logp_gap is not None:
+            return self.rollout.max_logp_gap
+        return 0.1 if self.layout.bf16 else 1e-3
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by flag name, as `run.json` holds them."""
+        values: dict[str, Any] = {"mode": self.mode, "model_name": self.model_name}
+        for group in GROUPS:
+            values |= dataclasses.asdict(getattr(self, group))
+        return values
+
+    def validate(self, world_size: int) -> None:
+        """Raises `ConfigError` for anything that can be known to be wrong before a process group exists."""
+        self.layout.micro_batches(world_size)
+        _validate_layout(self.layout)
+        _validate_objective(self)
+        _validate_needs(self)
+        _validate_ranges(self)
+
+
+GROUPS: dict[str, type] = {
+    "layout": Layout,
+    "data": Data,
+    "rollout": Rollout,
+    "objective": Objective,
+    "teacher": Teacher,
+    "optimization": Optimization,
+    "schedule": Schedule,
+}
+
+RESUME_MAY_CHANGE = frozenset(
+    {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16"}
+    | {"output_dir", "save_steps", "save_total_limit", "eval_steps", "eval_examples", "eval_data_path"}
+    | {"resume_from_checkpoint", "export_hf", "max_logp_gap", "rollout", "replay_path", "data_path", "loss_path"}
+)
+"""Settings that a resumed run may state differently without becoming another run."""
+
+
+def all_settings() -> Iterator[tuple[str, dataclasses.Field]]:
+    """`(group, field)` of every flag of `train` except mode and model_name."""
+    for group, cls in GROUPS.items():
+        for item in dataclasses.fields(cls):
+            yield group, item
+
+
+def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bool]:
+    """`(python type, choices or None, whether None is allowed)` of a field."""
+    hint = typing.get_type_hints(cls)[name]
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    optional = type(None) in arms
+    (arm,) = [a for a in arms if a is not type(None)]
+    if typing.get_origin(arm) is Literal:
+        return str, typing.get_args(arm), optional
+    return arm, None, optional
+
+
+def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name: str = "--config") -> Run:
+    """The run that the command line and a configuration file ask for.
+
+    Args: flags: values given on the command line, by field name; file_values: the same from a file.
+    Raises `ConfigError` for unknown names, wrong types, an unknown mode, and flags of mechanisms that are off.
+    """
+    known = {item.name: (group, item) for group, item in all_settings()}
+    for name in file_values:
+        if name not in known and name not in ("mode", "model_name"):
+            raise ConfigError(f"{file_name}: unknown setting {name!r}; `unisd train --help` lists them")
+    given = {**file_values, **flags}
+    mode = given.get("mode", "unisd_star")
+    if mode not in MODES:
+        raise ConfigError(f"unknown --mode {mode!r}; use one of {', '.join(MODES)}")
+    if not given.get("model_name"):
+        raise ConfigError("--model_name is missing; give a Hugging Face folder or hub id")
+    row = dict(MODES[mode].defaults)
+    if given.get("token_clip_quantile") is not None:
+        row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
+    values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    origins = {name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")}
+    for name, (group, item) in known.items():
+        source, origin = next(
+            ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s), ({name: item.default}, "default")
+        )
+        values[group][name] = _checked(GROUPS[group], name, source[name], origin if origin != "file" else file_name)
+        origins[name] = origin
+    run = Run(
+        mode=mode,
+        model_name=str(given["model_name"]),
+        origins=origins,
+        **{group: cls(**values[group]) for group, cls in GROUPS.items()},
+    )
+    _refuse_idle_flags(run)
+    return run
+
+
+def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
+    kind, choices, optional = setting_type(cls, name)
+    if value is None:
+        if optional:
+            return None
+        raise ConfigError(f"{origin}: {name} must not be empty")
+    if choices is not None:
+        if value not in choices:
+            raise ConfigError(f"{origin}: {name} is {value!r}; use one of {', '.join(choices)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{origin}: {name} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def _refuse_idle_flags(run: Run) -> None:
+    """A setting that would be ignored is an error (the released code ignores it silently)."""
+    asked = {name for name, origin in run.origins.items() if origin in ("flag", "file")}
+    teacher = run.teacher.teacher
+    idle = [
+        (run.agreement is None, {"gamma_agreement", "agreement_stat"}, "the agreement modes and unisd_star"),
+        (run.objective.contrastive_weight == 0, {"contrastive_margin"}, "--contrastive_weight, mode contrastive and unisd_star"),
+        (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
+        (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
+        (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
+        (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
+        (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
+        (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),
+    ]
+    flat = run.flat()
+    defaults = {item.name: item.default for _, item in all_settings()}
+    for off, names, switch in idle:
+        for name in sorted(names & asked):
+            # A file written by an earlier run states every setting; only a value that differs from the default asks.
+            if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
+                raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")
+
+
+def _validate_layout(layout: Layout) -> None:
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size"):
+        if getattr(layout, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(layout, name)}; it must be at least 1")
+    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
+        raise ConfigError("--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more")
+
+
+def _validate_objective(run: Run) -> None:
+    objective = run.objective
+    if not 0.0 <= objective.alpha <= 1.0:
+        raise ConfigError(f"--alpha is {objective.alpha}; it lies between 0 and 1")
+    if objective.token_clip is not None and objective.token_clip_quantile is not None:
+        raise ConfigError("--token_clip and --token_clip_quantile exclude each other; give one")
+    if objective.token_clip is not None and objective.token_clip <= 0:
+        raise ConfigError(f"--token_clip is {objective.token_clip}; a ceiling must be positive")
+    if objective.token_clip_quantile is not None and not 0.0 < objective.token_clip_quantile < 1.0:
+        raise ConfigError(f"--token_clip_quantile is {objective.token_clip_quantile}; it lies between 0 and 1")
+    if (objective.gamma_agreement or 0.0) < 0:
+        raise ConfigError(f"--gamma_agreement is {objective.gamma_agreement}; it must not be negative")
+    if objective.contrastive_weight < 0 or (objective.final_layer_distill_weight or 0.0) < 0:
+        raise ConfigError("--contrastive_weight and --final_layer_distill_weight must not be negative")
+
+
+def _validate_needs(run: Run) -> None:
+    if run.data.dataset is None:
+        raise ConfigError("--dataset is missing; use addition, gsm8k or mbpp")
+    if run.schedule.output_dir is None:
+        raise ConfigError("--output_dir is missing; give a new folder for the run")
+    method = MODES[run.mode].defaults.get("fewshot_method", run.data.fewshot_method)
+    if run.data.fewshot_method != method:
+        raise ConfigError(f"--mode {run.mode} takes {method} contexts; --fewshot_method {run.data.fewshot_method} contradicts it")
+    if method not in (None, "random"):
+        raise ConfigError(
+            f"{method} contexts need a cache that this version cannot prepare; use a `_random` mode or --fewshot_method random"
+        )
+    if run.agreement is not None and (run.data.num_auxiliary_contexts < 1 or run.data.fewshot_method is None):
+        raise ConfigError(
+            f"--mode {run.mode} weights tokens by the agreement of auxiliary contexts and has none; "
+            "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random"
+        )
+    if run.rollout.rollout == "replay" and run.rollout.replay_path is None:
+        raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
+    if run.teacher.teacher == "ema":
+        steps, beta = run.teacher.ref_model_sync_steps, run.teacher.ref_model_mixup_beta
+        if steps is None or steps < 1 or beta is None or not 0.0 <= beta < 1.0:
+            raise ConfigError(
+                f"the EMA teacher needs --ref_model_sync_steps of at least 1 and --ref_model_mixup_beta in [0, 1); got {steps} and {beta}"
+            )
+
+
+def _validate_ranges(run: Run) -> None:
+    checks = [
+        (run.rollout.temperature > 0, "--temperature must be positive"),
+        (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),
+        (run.rollout.top_k >= 0, "--top_k must not be negative"),
+        (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
+        (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
+        (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),
+        (run.data.demo_k >= 1, "--demo_k must be at least 1"),
+        (run.data.num_train_examples is None or run.data.num_train_examples >= 1, "--num_train_examples must be at least 1"),
+        (run.optimization.learning_rate > 0, "--learning_rate must be positive"),
+        (0 <= run.optimization.warmup_ratio <= 1, "--warmup_ratio lies in [0, 1]"),
+        (run.optimization.max_grad_norm >= 0, "--max_grad_norm must not be negative"),
+        (run.schedule.max_steps is None or run.schedule.max_steps >= 1, "--max_steps must be at least 1"),
+        (run.schedule.num_train_epochs > 0, "--num_train_epochs must be positive"),
+        (min(run.schedule.save_steps, run.schedule.eval_steps, run.schedule.save_total_limit) >= 0, "step counts must not be negative"),
+        (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise ConfigError(message)

@@ -1,0 +1,160 @@
+"""A Megatron GPT model that ends at its final norm: `Arch` in, module out.
+
+The language-model head is a weight of the last stage that the loss reads; the forward pass never makes logits. That
+keeps the loss room free to select completion rows and to walk the vocabulary in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from unisd_megatron.config import Layout
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.families import Arch
+from unisd_megatron.grid import Grid
+from unisd_megatron.mcore.norm import SequenceParallelRMSNorm
+from unisd_megatron.mcore.platform import Platform
+
+# Transformer Engine folds each norm into the linear layer behind it; one name for both specs.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns the output of the final norm, `[s, b, h]` (`[s/t, b, h]` under sequence parallel).
+
+    Overrides `_postprocess`, which is private but the same in megatron-core 0.16.1 and 0.19.2.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's vocabulary shard of the head, `[V/t, h]`; on the last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under canonical names: local-spec names with global layer numbers."""
+        numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(self.decoder.layers)}
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                tail = ".".join(parts[3:])
+                name = ".".join([*parts[:2], numbers[parts[2]], _FUSED_NORMS.get(tail, tail)])
+            yield name, parameter
+
+
+def check_layout(arch: Arch, layout: Layout, name: str) -> None:
+    """Raises `ConfigError` where the layout does not divide the model."""
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    for count, what in (
+        (arch.num_attention_heads, "attention heads"),
+        (arch.num_query_groups, "key/value heads"),
+        (arch.padded_vocab_size, "rows of the padded vocabulary"),
+        (arch.ffn_hidden_size, "feed-forward channels"),
+    ):
+        if count % tp:
+            fits = [str(t) for t in range(1, count + 1) if count % t == 0][:8]
+            raise ConfigError(f"tensor-parallel {tp} does not divide the {count} {what} of {name}; use {', '.join(fits)}")
+    if arch.num_layers % pp:
+        raise ConfigError(f"pipeline-parallel {pp} does not divide the {arch.num_layers} layers of {name}")
+
+
+def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> HiddenStateModel:
+    """This rank's stage of the model, uninitialised weights included, on the platform's device. Collective."""
+    config = transformer_config(arch, layout, platform)
+    model = HiddenStateModel(
+        config,
+        _layer_spec(config, platform),
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_position,
+        pre_process=grid.is_first_stage,
+        post_process=grid.is_last_stage,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_base,
+    )
+    if arch.rope_scaling is not None:
+        scaling, rope = arch.rope_scaling, model.rotary_pos_emb
+        # Megatron's own switch fixes every number but the factor to those of Llama-3.1-8B.
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position,
+        )
+    return model.to(platform.device) if platform.device.type == "cuda" else model
+
+
+def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> TransformerConfig:
+    """Megatron's configuration of the model and the layout."""
+    dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    on_gpu = platform.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=layout.bf16,
+        # Micro-batches are padded to their own longest sequence.
+        variable_seq_lengths=layout.pipeline_model_parallel_size > 1,
+        # Batched p2p crosses two messages between the same two ranks (silently wrong gradients when interleaved).
+        batch_p2p_comm=False,
+        # The loss is normalised over the global batch before Megatron sees it: sum over micro-batches and replicas.
+        calculate_per_token_loss=True,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths, experts or none
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=on_gpu,
+        recompute_granularity=layout.recompute_granularity,
+        recompute_method="uniform" if layout.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if layout.recompute_granularity == "full" else None,
+    )
+
+
+def _layer_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec | TransformerBlockSubmodules:
+    if platform.layer_spec == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = SequenceParallelRMSNorm
+    spec.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm
+    )

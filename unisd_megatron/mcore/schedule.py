@@ -1,0 +1,81 @@
+"""Runs views through the pipeline: forward only (`score`), or forward and backward (`learn`).
+
+Both drive Megatron's own schedules. All views that a model must read in a step go through one forward-only schedule, so
+the pipeline fills once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from unisd_megatron.batch import View
+from unisd_megatron.grid import Grid
+from unisd_megatron.losses.collectives import enter_shards, gather_rows
+
+Said = TypeVar("Said")
+
+
+def completion_rows(hidden: Tensor, view: View, grid: Grid) -> Tensor:
+    """Hidden states that predict the kept completion tokens, `[N, h]`, on every tensor-parallel rank.
+
+    Args: hidden: final-norm output `[s, b, h]`, or this rank's `[s/t, b, h]` under sequence parallel.
+    Backward: expects each rank's partial gradient (its vocabulary shard's) and sums them over the tensor-parallel group:
+    one reduce-scatter under sequence parallel, else one all-reduce of the kept rows.
+    """
+    row, position = view.predictors.unbind(1)
+    if grid.sequence_parallel:
+        return gather_rows(hidden, grid.tensor.group)[position, row]
+    return enter_shards(hidden[position, row], grid.tensor.group)
+
+
+def score(model: torch.nn.Module, views: Sequence[View], listen: Callable[[int, Tensor], Said], grid: Grid) -> list[Said]:
+    """Reads the views without gradient; on the last stage, `listen(i, rows)` of each view in order. Collective over the replica.
+
+    Args: listen: called with the view's number and its kept rows `[N, h]`; what it returns is all that is kept.
+    Returns an empty list on other stages.
+    """
+
+    def loss_func(i: int, output: Tensor, non_loss_data: bool = True) -> Said:
+        return listen(i, completion_rows(output, views[i], grid))
+
+    with torch.no_grad():
+        return _run(model, views, loss_func, forward_only=True, collect_non_loss_data=True)
+
+
+def learn(model: torch.nn.Module, views: Sequence[View], loss: Callable[[int, Tensor], Tensor], grid: Grid) -> None:
+    """Forward and backward over the micro-batches; gradients of the sum of losses are in the gradient buffers afterwards.
+
+    Args: loss: called on the last stage with the micro-batch's number and its kept rows; returns a scalar.
+    Collective over all ranks (gradients are reduced over data-parallel ranks at the end).
+    """
+
+    def loss_func(i: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        value = loss(i, completion_rows(output, views[i], grid))
+        # The loss is normalised already; `student.py` keeps Megatron from dividing by this count.
+        return value, torch.zeros((), dtype=torch.int, device=value.device), {}
+
+    _run(model, views, loss_func, forward_only=False, collect_non_loss_data=False)
+
+
+def _run(model: torch.nn.Module, views: Sequence[View], loss_func: Callable[..., Any], **how: Any) -> list[Any]:
+    def forward_step(items: Iterator[tuple[int, View]], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        i, view = next(items)
+        positions = torch.arange(view.tokens.shape[1], device=view.tokens.device).expand_as(view.tokens)
+        return module(view.tokens, positions, None), partial(loss_func, i)
+
+    batch, length = views[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(enumerate(views)),
+        model=[model],
+        num_microbatches=len(views),
+        seq_length=length,
+        micro_batch_size=batch,
+        **how,
+    )

@@ -1,0 +1,74 @@
+"""Process groups in, `Grid` out. The only reader of Megatron's `parallel_state`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from unisd_megatron.config import Layout
+from unisd_megatron.grid import Axis, Grid
+from unisd_megatron.mcore.platform import Platform
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def world_size_from_environment() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(platform: Platform, layout: Layout, seed: int) -> Grid:
+    """Creates the process groups of the layout and this process's `Grid`. Collective over all ranks."""
+    if not dist.is_initialized():
+        if platform.backend == "nccl":
+            torch.cuda.set_device(platform.device)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(_backends(platform), timeout=TIMEOUT)
+        else:
+            dist.init_process_group(
+                _backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+            )
+    return make_grid(platform, layout, seed)
+
+
+def _backends(platform: Platform) -> str:
+    # gloo carries the small Python objects (token ids, metrics) beside NCCL.
+    return "cpu:gloo,cuda:nccl" if platform.backend == "nccl" else "gloo"
+
+
+def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
+    """(Re)initialises Megatron's groups in the running world."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+    )
+    megatron_random.initialize_rng_tracker(force_reset=True)
+    megatron_random.model_parallel_cuda_manual_seed(seed)
+
+    def axis(group: dist.ProcessGroup) -> Axis:
+        size = dist.get_world_size(group)
+        return Axis(dist.get_rank(group), size, group if size > 1 else None)
+
+    return Grid(
+        tensor=axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=axis(parallel_state.get_data_parallel_group()),
+        replica=axis(parallel_state.get_model_parallel_group()),
+        world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD if dist.get_world_size() > 1 else None),
+        device=platform.device,
+        sequence_parallel=layout.sequence_parallel,
+    )
+
+
+def stop() -> None:
+    """Takes the process groups down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""Distributed checkpoints of student, teacher and optimizer: written under one layout, read under any.
+
+A thin door to `megatron.core.dist_checkpointing`; completeness of the folder around it is `train/checkpoint.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+
+from unisd_megatron.errors import CheckpointError
+from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.student import Student
+from unisd_megatron.mcore.teacher import Teacher
+
+STUDENT, TEACHER, OPTIMIZER = "student", "teacher", "optimizer"
+
+
+def save(folder: Path, model: HiddenStateModel, student: Student | None = None, teacher: Teacher | None = None) -> None:
+    """Writes the shards of all ranks into an existing, empty folder. Collective over all ranks.
+
+    Args: student: its optimizer state is written too; teacher: its fp32 masters (or frozen weights) too, unless live.
+    """
+    dist_checkpointing.save(_state(model, student, teacher, is_loading=False), str(folder))
+
+
+def load(folder: Path, model: HiddenStateModel, student: Student | None = None, teacher: Teacher | None = None) -> None:
+    """Restores what `save` wrote, under this layout. Collective over all ranks.
+
+    Raises `CheckpointError` where the folder holds another model or is broken.
+    """
+    wanted = _state(model, student, teacher, is_loading=True)
+    quiet = logging.getLogger("megatron.core.dist_checkpointing")
+    level = quiet.level
+    try:
+        quiet.setLevel(logging.ERROR)
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be restored ({reason[:300]})") from error
+    finally:
+        quiet.setLevel(level)
+    model.load_state_dict(_plain(loaded[STUDENT], STUDENT))
+    if student is not None:
+        student.optimizer.load_state_dict(loaded[OPTIMIZER])
+    if teacher is not None and teacher.kind != "live":
+        _restore_teacher(teacher, _plain(loaded[TEACHER], TEACHER))
+
+
+def _state(model: HiddenStateModel, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    of_model = model.sharded_state_dict(prefix=f"{STUDENT}.", metadata=metadata)
+    state: dict[str, Any] = {STUDENT: of_model}
+    if student is not None:
+        state[OPTIMIZER] = student.optimizer.sharded_state_dict(of_model, is_loading=is_loading, metadata=metadata)
+    if teacher is not None and teacher.kind != "live":
+        of_teacher = teacher.model.sharded_state_dict(prefix=f"{TEACHER}.", metadata=metadata)
+        if teacher.masters:
+            _put_masters(of_teacher, teacher)
+        state[TEACHER] = of_teacher
+    return state
+
+
+def _put_masters(of_teacher: ShardedStateDict, teacher: Teacher) -> None:
+    """The checkpoint holds the fp32 masters in place of the rounded weights."""
+    names = {id(parameter): name for name, parameter in teacher.model.named_shards()}
+    storage = {parameter.data_ptr(): names[id(parameter)] for parameter in teacher.model.parameters()}
+    replaced = set()
+    for entry in nested_values(of_teacher):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+            name = storage.get(entry.data.data_ptr())
+            if name is not None:
+                replaced.add(name)
+                entry.data = teacher.masters[name].view(entry.data.shape)
+                if isinstance(entry, ShardedTensor):
+                    entry.dtype = torch.float32
+    if replaced != teacher.masters.keys():
+        missing = sorted(teacher.masters.keys() - replaced)
+        raise CheckpointError(f"the checkpoint would miss the teacher's {missing[0]} and {len(missing) - 1} more")
+
+
+def _restore_teacher(teacher: Teacher, loaded: dict[str, Any]) -> None:
+    if not teacher.masters:
+        teacher.model.load_state_dict(loaded)
+        return
+    local = dict(teacher.model.named_parameters())
+    canonical = {id(parameter): name for name, parameter in teacher.model.named_shards()}
+    with torch.no_grad():
+        for name, parameter in local.items():
+            teacher.masters[canonical[id(parameter)]].copy_(loaded[name])
+    teacher.refresh()
+
+
+def _plain(loaded: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(f"{prefix}."): value for name, value in loaded.items()}

@@ -1,0 +1,49 @@
+"""The values of `--mode` as one table: what each switches on, with the defaults of UniSD's direct command. No torch here.
+
+`vanilla` is the control that the paper lacks: on-policy forward KL from the frozen teacher, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row: the mechanisms that have no weight of their own, and default values of settings."""
+
+    agreement: Literal["token", "sequence"] | None = None
+    matching: bool = False
+    divergence_weight: float = 1.0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_FROZEN = {"teacher": "frozen"}
+_EMA = {"teacher": "ema", "ref_model_sync_steps": 10, "ref_model_mixup_beta": 0.9}
+_CONTRAST = {"contrastive_weight": 0.1, "contrastive_margin": 0.5}
+_GAMMA = {"gamma_agreement": 1.0}
+
+
+def _agreement(granularity: Literal["token", "sequence"], method: str) -> Mode:
+    return Mode(agreement=granularity, defaults=_FROZEN | _GAMMA | {"fewshot_method": method})
+
+
+MODES: dict[str, Mode] = {
+    "vanilla": Mode(defaults=_FROZEN),
+    "agreement_seq_random": _agreement("sequence", "random"),
+    "agreement_seq_retrieval": _agreement("sequence", "retrieval"),
+    "agreement_seq_induction": _agreement("sequence", "induction"),
+    "agreement_tok_random": _agreement("token", "random"),
+    "agreement_tok_retrieval": _agreement("token", "retrieval"),
+    "agreement_tok_induction": _agreement("token", "induction"),
+    "ema": Mode(defaults=_EMA),
+    "contrastive": Mode(defaults=_FROZEN | _CONTRAST),
+    "match_joint": Mode(matching=True, defaults=_FROZEN | {"final_layer_distill_weight": 0.1}),
+    "match_repr": Mode(matching=True, divergence_weight=0.0, defaults=_FROZEN | {"final_layer_distill_weight": 1.0}),
+    "clip": Mode(defaults=_FROZEN | {"token_clip": 10.0}),
+    "unisd_star": Mode(
+        agreement="token", matching=True, defaults=_EMA | _CONTRAST | _GAMMA | {"final_layer_distill_weight": 0.1}
+    ),
+}
