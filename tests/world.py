@@ -93,7 +93,7 @@ class World:
             self.close()
             raise
         missing = [rank for rank in range(size) if rank not in answers]
-        failures = {rank: answer[1:] for rank, answer in sorted(answers.items()) if answer[0] == "error"}
+        failures = {rank: answer[1:] for rank, answer in answers.items() if answer[0] == "error"}  # first come first
         if missing or failures:
             # Even if every rank answered: after a failure nobody knows which collectives are half done.
             self.close()

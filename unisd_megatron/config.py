@@ -36,6 +36,17 @@ class Layout:
     recompute_granularity: Literal["full", "selective"] | None = setting(None, "recompute activations in the backward pass")
     bf16: bool = setting(False, "bf16 weights and activations (fp32 main parameters, losses and EMA); fp32 without")
 
+    def validate(self, world_size: int) -> None:
+        """Raises `ConfigError` where the layout contradicts itself or does not fit the number of processes."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more"
+            )
+        self.micro_batches(world_size)
+
     @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
@@ -147,6 +158,7 @@ class Schedule:
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
     resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
+    save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
 
 
 @dataclass(frozen=True)
@@ -192,8 +204,7 @@ class Run:
 
     def validate(self, world_size: int) -> None:
         """Raises `ConfigError` for anything that can be known to be wrong before a process group exists."""
-        self.layout.micro_batches(world_size)
-        _validate_layout(self.layout)
+        self.layout.validate(world_size)
         _validate_objective(self)
         _validate_needs(self)
         _validate_ranges(self)
@@ -212,7 +223,7 @@ GROUPS: dict[str, type] = {
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16"}
     | {"output_dir", "save_steps", "save_total_limit", "eval_steps", "eval_examples", "eval_data_path"}
-    | {"resume_from_checkpoint", "export_hf", "max_logp_gap", "rollout", "replay_path", "data_path", "loss_path"}
+    | {"resume_from_checkpoint", "export_hf", "save_rollouts", "max_logp_gap", "rollout", "replay_path", "data_path", "loss_path"}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -315,14 +326,6 @@ def _refuse_idle_flags(run: Run) -> None:
             # A file written by an earlier run states every setting; only a value that differs from the default asks.
             if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
                 raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")
-
-
-def _validate_layout(layout: Layout) -> None:
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size"):
-        if getattr(layout, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(layout, name)}; it must be at least 1")
-    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
-        raise ConfigError("--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more")
 
 
 def _validate_objective(run: Run) -> None:

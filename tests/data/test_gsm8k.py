@@ -23,24 +23,24 @@ NATALIA = Record(
 TASK = Gsm8k()
 
 
-def real(split):
+def real(split: str) -> list[Record]:
     path = DATA / f"gsm8k_{split}.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is absent; set UNISD_DATA to the folder of the real benchmark files")
     return TASK.load(split, str(path))
 
 
-def record(answer):
+def record(answer: str) -> Record:
     return Record("gsm8k_1", {"question": "How many?", "answer": answer})
 
 
-def test_the_question_is_followed_by_the_form_of_the_answer():
+def test_the_question_is_followed_by_the_form_of_the_answer() -> None:
     question = TASK.question(NATALIA)
     assert question.startswith("Natalia sold clips to 48") and question.endswith("\n#### <number>")
     assert "step by step" in question and "72" not in question
 
 
-def test_the_reference_has_no_calculator_annotations():
+def test_the_reference_has_no_calculator_annotations() -> None:
     assert TASK.reference(NATALIA) == (
         "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.\n#### 72"
     )
@@ -81,9 +81,9 @@ def test_the_reference_has_no_calculator_annotations():
         ("", None),
     ],
 )
-def test_the_answer_of_a_completion_read_by_hand(completion, answer):
+def test_the_answer_of_a_completion_read_by_hand(completion: str, answer: float | None) -> None:
     found = extract_answer(completion)
-    assert found == answer if answer is None else float(found) == answer
+    assert (None if found is None else float(found)) == answer
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_the_answer_of_a_completion_read_by_hand(completion, answer):
         ("0.5", "#### 1/2 = 0.5", False),  # the first number after the mark counts
     ],
 )
-def test_an_answer_is_compared_as_a_number(gold, completion, correct):
+def test_an_answer_is_compared_as_a_number(gold: str, completion: str, correct: bool) -> None:
     assert TASK.is_correct(record(f"By thought.\n#### {gold}"), completion) is correct
 
 
-def test_no_text_raises():
+def test_no_text_raises() -> None:
     rng = random.Random(0)
     alphabet = "0123456789.,-−$%/# \n#answer is:The²٣½\\(){}eE\x00"
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(3000)]
@@ -115,36 +115,37 @@ def test_no_text_raises():
         assert TASK.is_correct(NATALIA, text) in (True, False)
 
 
-def test_a_slip_is_carried_on_to_the_answer():
+def test_a_slip_is_carried_on_to_the_answer() -> None:
     """Every wrong solution of this record is the right one with another number for May, or a wrong sum of right numbers."""
     wrong = {TASK.corrupt(NATALIA, random.Random(seed)) for seed in range(60)}
     form = r"Natalia sold 48/2 = (\d+) clips in May\.\nNatalia sold 48\+\1 = (\d+) clips altogether in April and May\.\n#### \2"
-    found = [tuple(map(int, re.fullmatch(form, text).groups())) for text in wrong]
+    found = [(int(match[1]), int(match[2])) for text in wrong if (match := re.fullmatch(form, text))]
+    assert len(found) == len(wrong)
     assert all(total != 72 and (total == 48 + may or may == 24) for may, total in found)
     assert any(may != 24 for may, _ in found) and any(may == 24 for may, _ in found)
 
 
-def test_a_wrong_answer_keeps_the_way_numbers_are_written():
+def test_a_wrong_answer_keeps_the_way_numbers_are_written() -> None:
     solution = record("It is 9*120 = $<<9*120=1080>>1,080, paid on the 3rd day.\n#### 1,080")
     for seed in range(20):
         wrong = TASK.corrupt(solution, random.Random(seed))
-        number = re.fullmatch(r"It is 9\*120 = \$(1,0[789]\d), paid on the 3rd day\.\n#### (1,0[789]\d)", wrong)
-        assert number[1] == number[2] != "1,080"
+        form = r"It is 9\*120 = \$(1,0[789]\d), paid on the 3rd day\.\n#### \1"
+        assert re.fullmatch(form, wrong) and "1,080" not in wrong
 
 
 @pytest.mark.parametrize("answer", ["So 7.\n#### 7", "#### 7", "He owes 3 - 10 = <<3-10=-7>>-7\n#### -7", "None: 0\n#### 0"])
-def test_a_solution_without_a_usable_step_is_wrong_at_its_end(answer):
+def test_a_solution_without_a_usable_step_is_wrong_at_its_end(answer: str) -> None:
     for seed in range(10):
         wrong = TASK.corrupt(record(answer), random.Random(seed))
         assert not TASK.is_correct(record(answer), wrong) and re.search(r"#### -?\d+$", wrong)
 
 
-def test_the_same_generator_gives_the_same_wrong_solution():
+def test_the_same_generator_gives_the_same_wrong_solution() -> None:
     assert TASK.corrupt(NATALIA, random.Random(3)) == TASK.corrupt(NATALIA, random.Random(3))
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 7473), ("test", 1319)])
-def test_of_all_real_records_the_reference_is_right_and_the_wrong_solution_wrong(split, size):
+def test_of_all_real_records_the_reference_is_right_and_the_wrong_solution_wrong(split: str, size: int) -> None:
     records = real(split)
     assert len(records) == len({record.id for record in records}) == size
     for each in records:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,26 +13,24 @@ from unisd_megatron.errors import DataError, RequestError
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(3, 8)]
 
 
-def lines(rows):
+def lines(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def written(path, text):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as stream:
-        stream.write(text)
+def written(path: Path, text: str) -> str:
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.json.gz"])
-def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) -> None:
     text = lines(ROWS) if "jsonl" in name else json.dumps(ROWS)
     records = Gsm8k().load("train", written(tmp_path / name, text))
     assert [record.id for record in records] == [f"gsm8k_{index}" for index in range(len(ROWS))]
     assert [dict(record.fields) for record in records] == ROWS
 
 
-def test_a_blank_line_is_no_record_but_counts_as_a_line(tmp_path):
+def test_a_blank_line_is_no_record_but_counts_as_a_line(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", lines(ROWS[:1]) + "\n" + lines(ROWS[1:2]) + '{"question": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 4: not JSON"):
         Gsm8k().load("train", path)
@@ -52,32 +51,32 @@ def test_a_blank_line_is_no_record_but_counts_as_a_line(tmp_path):
         ('{"question": "Q", ', "not JSON"),
     ],
 )
-def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path, broken, reason):
+def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, broken: str, reason: str) -> None:
     path = written(tmp_path / "rows.jsonl", lines(ROWS) + broken + "\n" + lines(ROWS))
     with pytest.raises(DataError, match="line 6") as caught:
         Gsm8k().load("train", path)
     assert reason in str(caught.value) and "rows.jsonl" in str(caught.value)
 
 
-def test_a_broken_entry_of_a_json_list_is_named_with_its_number(tmp_path):
+def test_a_broken_entry_of_a_json_list_is_named_with_its_number(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.json", json.dumps([*ROWS, {"question": "Q"}]))
     with pytest.raises(DataError, match="record 6: not a gsm8k record: field 'answer' is missing"):
         Gsm8k().load("train", path)
 
 
 @pytest.mark.parametrize(("name", "text"), [("rows.jsonl", ""), ("rows.jsonl", "\n\n"), ("rows.json", "[]")])
-def test_an_empty_file_is_refused(tmp_path, name, text):
+def test_an_empty_file_is_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError, match="the data set is empty"):
         Gsm8k().load("train", written(tmp_path / name, text))
 
 
 @pytest.mark.parametrize(("name", "text"), [("rows.json", '{"a": 1}'), ("rows.csv", "a,b"), ("rows", "a,b")])
-def test_a_file_of_another_kind_is_refused(tmp_path, name, text):
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(DataError, match=r"expected a list|unknown kind"):
         Gsm8k().load("train", written(tmp_path / name, text))
 
 
-def test_a_file_that_cannot_be_read_is_an_error_of_the_request(tmp_path):
+def test_a_file_that_cannot_be_read_is_an_error_of_the_request(tmp_path: Path) -> None:
     """Not a traceback: the shell's exit status for a wrong request depends on the class."""
     latin, cut, plain = tmp_path / "latin.jsonl", tmp_path / "cut.jsonl.gz", tmp_path / "plain.jsonl.gz"
     latin.write_bytes(lines(ROWS).encode() + '{"question": "né"}'.encode("latin-1"))
@@ -89,5 +88,5 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_request(tmp_path):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_table_of_tasks_knows_every_task_by_its_own_name(name):
+def test_the_table_of_tasks_knows_every_task_by_its_own_name(name: str) -> None:
     assert TASKS[name].name == name

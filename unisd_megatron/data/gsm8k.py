@@ -26,7 +26,7 @@ TOLERANCE = Fraction(1, 10_000)
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(_UNSIGNED, re.ASCII)
 # A minus counts as a sign only where nothing stands before it to subtract from: "10-3" ends in 3.
-_ANSWER = re.compile(rf"(?P<sign>(?<![\w)])[-−])?\\?\$?(?P<minus>-)?(?P<number>{_UNSIGNED})", re.ASCII)
+_ANSWER = re.compile(rf"(?P<sign>(?<![\w)])[-−])?(?:\\?\$(?P<minus>[-−])?)?(?P<number>{_UNSIGNED})", re.ASCII)
 _PHRASE = re.compile(r"(?:the|final) answer is|answer[*_ ]*:", re.IGNORECASE)
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")

@@ -84,7 +84,7 @@ class Mbpp(Task):
         rng.shuffle(bugs)
         for start, end, replacement in bugs:
             wrong = code[:start] + replacement + code[end:]
-            if _dump(wrong) not in (None, _dump(code)):
+            if _dump(wrong) not in (None, _dump(code)):  # an edit may have hit a comment
                 return fenced(wrong)
         return None
 
@@ -122,20 +122,16 @@ def _unix(text: str) -> str:
 def _clean(code: str) -> str:
     """The code with Unix line ends, no trailing blanks, and spaces for tabs: the layout that models write.
 
-    Each step is taken only if the program stays the same: a tab can be part of a string, or of an indentation mixed
-    with spaces, where its width matters.
+    Only if the program stays the same: a tab can be part of a string.
     """
     code = _unix(code).strip("\n")
-    for width in (4, 8):
-        neat = "\n".join(_spaced(line.rstrip(), width) for line in code.split("\n")).strip("\n")
-        if _dump(neat) == _dump(code):
-            return neat
-    return code
+    neat = "\n".join(_spaced(line.rstrip()) for line in code.split("\n")).strip("\n")
+    return neat if _dump(neat) == _dump(code) else code
 
 
-def _spaced(line: str, width: int) -> str:
+def _spaced(line: str) -> str:
     body = line.lstrip(" \t")
-    return line[: len(line) - len(body)].expandtabs(width) + body
+    return line[: len(line) - len(body)].expandtabs(4) + body
 
 
 def _dump(code: str) -> str | None:
@@ -187,7 +183,7 @@ def _bugs(function: ast.FunctionDef, code: str) -> Iterator[Edit]:
         for first, last, pattern, instead in bugs:
             start, end = offset(first), offset(last)
             found = re.search(pattern, code[start:end])
-            if found is None or "#" in code[start : start + found.start()]:  # a comment could match too
+            if found is None:
                 continue
             replacement = instead if isinstance(instead, str) else instead.get(found[0])
             if replacement is not None:

@@ -16,9 +16,9 @@ class Sampler:
 
         head | sorted batches, in random order | tail
 
-    The head completes the batch that the tail of the epoch before began, so nothing is ever dropped. In between, the
-    shuffled indices are cut into windows, each window is sorted by length and cut into batches: the padding of a sort,
-    most of the randomness of a shuffle.
+    The head completes the batch that the tail of the epoch before began, so nothing is ever dropped (and that one batch
+    may meet an example in both epochs). In between, the shuffled indices are cut into windows, each window is sorted
+    by length and cut into batches: the padding of a sort, most of the randomness of a shuffle.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 16) -> None:

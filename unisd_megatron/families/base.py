@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from unisd_megatron.errors import ConfigError
+
 VOCAB_DIVISOR = 128
 """The vocabulary is padded to a multiple of this whatever the layout, so that a checkpoint loads at any TP."""
 
@@ -56,6 +58,23 @@ class Arch:
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of the query, key and value parts of one query group."""
         return self.num_attention_heads // self.num_query_groups * self.head_dim, self.head_dim, self.head_dim
+
+    def check_layout(self, tensor: int, pipeline: int, name: str) -> None:
+        """Raises `ConfigError` where tensor- or pipeline-parallel sizes do not divide the model `name`."""
+        for count, what in (
+            (self.num_attention_heads, "attention heads"),
+            (self.num_query_groups, "key/value heads"),
+            (self.padded_vocab_size, "rows of the padded vocabulary"),
+            (self.ffn_hidden_size, "feed-forward channels"),
+        ):
+            if count % tensor:
+                fits = [str(t) for t in range(1, count + 1) if count % t == 0][:8]
+                raise ConfigError(f"tensor-parallel {tensor} does not divide the {count} {what} of {name}; use {', '.join(fits)}")
+        if self.num_layers % pipeline:
+            fits = [str(p) for p in range(1, self.num_layers + 1) if self.num_layers % p == 0]
+            raise ConfigError(
+                f"pipeline-parallel {pipeline} does not divide the {self.num_layers} layers of {name}; use {', '.join(fits)}"
+            )
 
 
 class Mapping(ABC):

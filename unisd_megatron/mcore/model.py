@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from unisd_megatron.config import Layout
-from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.norm import SequenceParallelRMSNorm
@@ -55,22 +54,6 @@ class HiddenStateModel(GPTModel):
                 tail = ".".join(parts[3:])
                 name = ".".join([*parts[:2], numbers[parts[2]], _FUSED_NORMS.get(tail, tail)])
             yield name, parameter
-
-
-def check_layout(arch: Arch, layout: Layout, name: str) -> None:
-    """Raises `ConfigError` where the layout does not divide the model."""
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    for count, what in (
-        (arch.num_attention_heads, "attention heads"),
-        (arch.num_query_groups, "key/value heads"),
-        (arch.padded_vocab_size, "rows of the padded vocabulary"),
-        (arch.ffn_hidden_size, "feed-forward channels"),
-    ):
-        if count % tp:
-            fits = [str(t) for t in range(1, count + 1) if count % t == 0][:8]
-            raise ConfigError(f"tensor-parallel {tp} does not divide the {count} {what} of {name}; use {', '.join(fits)}")
-    if arch.num_layers % pp:
-        raise ConfigError(f"pipeline-parallel {pp} does not divide the {arch.num_layers} layers of {name}")
 
 
 def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> HiddenStateModel:

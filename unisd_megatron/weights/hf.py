@@ -104,6 +104,13 @@ def eos_ids(path: Path) -> tuple[int, ...]:
     raise ConfigError(f"{path}: no eos_token_id in generation_config.json or config.json; completions could never end")
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies configuration and tokenizer files, everything that is not weights."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def save_folder(
     target: Path, source: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, shard_bytes: int = 4 << 30
 ) -> None:
@@ -118,9 +125,7 @@ def save_folder(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    for name in _COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+    copy_companions(source, partial)
     if dtype is not None:
         config = json.loads((source / "config.json").read_text())
         config.pop("torch_dtype", None)

@@ -1,0 +1,164 @@
+"""What the subcommands do. Heavy imports are inside: `--help` and a wrong flag load no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from unisd_megatron.config import Layout, resolve
+from unisd_megatron.errors import CheckpointError, ConfigError
+
+
+def leads() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if leads():
+        print(text, flush=True)
+
+
+def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
+    run = resolve(*stated)
+    run.validate(int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
+    _quiet()
+    from unisd_megatron.train.loop import train as carry_out
+
+    carry_out(run)
+    return 0
+
+
+def tiny(request: argparse.Namespace) -> int:
+    _quiet()
+    from unisd_megatron.weights.tiny import write_tiny
+
+    write_tiny(request.family, Path(request.output_dir), request.seed)
+    say(f"{request.output_dir}: tiny {request.family}, random weights, byte tokenizer")
+    return 0
+
+
+def convert_import(request: argparse.Namespace) -> int:
+    _quiet()
+    from unisd_megatron.convert.checkpoints import import_folder
+
+    layout = Layout(request.tensor_model_parallel_size, request.pipeline_model_parallel_size)
+    import_folder(request.model_name, Path(request.output_dir), layout)
+    say(f"{request.output_dir}: Megatron distributed checkpoint; loads at any layout")
+    return 0
+
+
+def convert_export(request: argparse.Namespace) -> int:
+    _quiet()
+    from unisd_megatron.convert.checkpoints import export_folder
+
+    export_folder(Path(request.model_name), Path(request.output_dir))
+    say(f"{request.output_dir}: Hugging Face folder")
+    return 0
+
+
+def verify(request: argparse.Namespace) -> int:
+    _quiet()
+    from unisd_megatron.convert.checkpoints import LOGITS_TOLERANCE, compare_checkpoints
+
+    found = compare_checkpoints(request.model_name, Path(request.against))
+    for name, difference in found.tensors[:5]:
+        say(f"{difference:12.3e}  {name}")
+    equal = sum(difference == 0 for _, difference in found.tensors)
+    say(f"{equal} of {len(found.tensors)} tensors equal bit for bit; largest difference of logits {found.logits:.3e}")
+    holds = equal == len(found.tensors) and found.logits <= LOGITS_TOLERANCE
+    say("verified" if holds else f"NOT verified: tensors must be equal and logits within {LOGITS_TOLERANCE:g}")
+    return 0 if holds else 1
+
+
+def parity_layout(request: argparse.Namespace) -> int:
+    layout = Layout(
+        tensor_model_parallel_size=request.tensor_model_parallel_size,
+        pipeline_model_parallel_size=request.pipeline_model_parallel_size,
+        sequence_parallel=request.sequence_parallel,
+        micro_batch_size=request.micro_batch_size,
+        global_batch_size=8,
+        recompute_granularity=request.recompute_granularity,
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    layout.validate(world)
+    _quiet()
+    from unisd_megatron.mcore import platform as platforms
+    from unisd_megatron.mcore import start
+    from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
+
+    platform = platforms.choose()
+    grid = start.start(platform, layout, seed=1)
+    try:
+        data = layout.data_parallel_size(world)
+        say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, SP {layout.sequence_parallel}")
+        say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15}")
+
+        def line(case: Case) -> None:
+            verdict = "" if case.holds else "  FAILS"
+            say(f"{case.name:32} {case.loss:12.6f} {case.loss_error:12.2e} {case.gradient_error:15.2e}{verdict}")
+
+        results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
+    finally:
+        start.stop()
+    failed = [case.name for case in results if not case.holds]
+    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
+    return 1 if failed else 0
+
+
+def parity_golden(request: argparse.Namespace) -> int:
+    from unisd_megatron.parity.golden import TOLERANCE, reproduce
+
+    worst = 0.0
+    for case in reproduce(Path(request.file)):
+        say(f"{max(case.errors.values()):10.2e}  {case.name}")
+        worst = max(worst, *case.errors.values())
+    say(f"max error {worst:.2e} (at most {TOLERANCE:g})")
+    return 0 if worst <= TOLERANCE else 1
+
+
+def evaluate(request: argparse.Namespace) -> int:
+    from unisd_megatron.data import TASKS
+
+    if request.dataset not in TASKS:
+        raise ConfigError(f"unknown --dataset {request.dataset!r}; use one of {', '.join(TASKS)}")
+    if request.references == (request.model_name is not None):
+        raise ConfigError("give either --references or --model_name")
+    task = TASKS[request.dataset]()
+    records = task.load("test", request.data_path)[: request.max_examples]
+    output = Path(request.output_dir) if request.output_dir else None
+    if output is not None and output.exists():
+        raise CheckpointError(f"{output}: exists already; remove it or choose another folder")
+    if request.references:
+        answers = [
+            {"id": r.id, "completion": task.reference(r), "correct": task.is_correct(r, task.reference(r))} for r in records
+        ]
+    else:
+        _quiet()
+        from unisd_megatron.evaluate.model import answers_of
+
+        answers = answers_of(request, task, records)
+    correct = sum(one["correct"] for one in answers)
+    result = {"dataset": task.name, "examples": len(answers), "correct": correct, "accuracy": correct / len(answers)}
+    if output is not None and leads():
+        partial = output.with_name(output.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
+        (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        partial.rename(output)
+    say(f"{task.name}: {100 * result['accuracy']:.1f} % ({correct} of {len(answers)})")
+    return 0
+
+
+def _quiet() -> None:
+    """Keeps libraries' start-up notices (no Apex, no Transformer Engine, deprecations) off the screen."""
+    import logging
+    import warnings
+
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,0 +1,164 @@
+"""The command line. Flags of `train` are derived from the settings in `config.py`; every flag may use dashes or underscores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from unisd_megatron.cli import commands
+from unisd_megatron.config import GROUPS, all_settings, setting_type
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.modes import MODES
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line and a `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The request: `.command` is the function to call with it."""
+    parser = _Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_train(subparsers)
+    _add_tiny(subparsers)
+    _add_convert(subparsers)
+    _add_verify(subparsers)
+    _add_parity(subparsers)
+    _add_evaluate(subparsers)
+    return parser.parse_args(_subcommand_words(arguments))
+
+
+def _subcommand_words(arguments: Sequence[str]) -> list[str]:
+    """`parity FLAGS` is the layout check; `parity golden FILE` is another subcommand of the same name."""
+    words = list(arguments)
+    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["-h"], ["--help"]):
+        words.insert(1, "layout")
+    return words
+
+
+def flag(parser: Any, name: str, *more: str, **options: Any) -> None:
+    """Adds `--a_b` and `--a-b`."""
+    underscored, dashed = f"--{name}", f"--{name.replace('_', '-')}"
+    parser.add_argument(*dict.fromkeys([dashed, underscored, *more]), dest=name, **options)
+
+
+def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_train(subparsers: Any) -> None:
+    parser = _command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win")
+    parser.add_argument("--mode", default=argparse.SUPPRESS, help=f"one of {', '.join(MODES)} (unisd_star)")
+    flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for group, item in all_settings():
+        _add_setting(groups[group], GROUPS[group], item)
+
+
+def _add_setting(group: Any, cls: type, item: Any) -> None:
+    kind, choices, _ = setting_type(cls, item.name)
+    help_text = item.metadata["help"].replace("%", "%%")
+    if item.default is not None:
+        help_text += f" ({str(item.default).replace('%', '%%')})"
+    short = [item.metadata["short"]] if "short" in item.metadata else []
+    if kind is bool:
+        flag(group, item.name, *short, action="store_true", default=argparse.SUPPRESS, help=help_text)
+        no = f"--no-{item.name.replace('_', '-')}", f"--no_{item.name}"
+        group.add_argument(*no, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return
+    flag(group, item.name, *short, type=kind, choices=choices, default=argparse.SUPPRESS, help=help_text, metavar=_metavar(kind, choices))
+
+
+def _metavar(kind: type, choices: Sequence[str] | None) -> str | None:
+    return None if choices else {int: "N", float: "X", str: "S"}[kind]
+
+
+def given_settings(request: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """`(flags, file values, file name)`: what the user stated, apart by origin."""
+    ignored = {"config", "command", "subcommand"}
+    flags = {name: value for name, value in vars(request).items() if name not in ignored}
+    return flags, _read_config(request.config) if request.config else {}, request.config or "--config"
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"--config {name}: no such file")
+    import yaml
+
+    try:
+        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {name}: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        content = content["settings"]  # the run.json of an earlier run
+        content = {key: value for key, value in content.items() if key not in ("output_dir", "resume_from_checkpoint")}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {name}: expected settings as `name: value`")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "tensor_model_parallel_size", "--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (1)")
+    flag(parser, "pipeline_model_parallel_size", "--pp", type=int, default=1, metavar="N", help="pipeline stages (1)")
+
+
+def _add_tiny(subparsers: Any) -> None:
+    parser = _command(subparsers, "tiny", commands.tiny, "Writes a tiny random Hugging Face checkpoint with a tokenizer.")
+    flag(parser, "family", required=True, choices=["qwen2", "llama"], help="model family")
+    flag(parser, "output_dir", required=True, help="new folder")
+    flag(parser, "seed", type=int, default=0, metavar="N", help="seed of the weights (0)")
+
+
+def _add_convert(subparsers: Any) -> None:
+    parser = subparsers.add_parser("convert", help="Hugging Face -> Megatron distributed checkpoint, and back.")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="import|export", parser_class=_Parser)
+    into = _command(ways, "import", commands.convert_import, "Hugging Face folder -> Megatron distributed checkpoint.")
+    out = _command(ways, "export", commands.convert_export, "Megatron distributed checkpoint -> Hugging Face folder.")
+    for one in (into, out):
+        flag(one, "model_name", required=True, help="checkpoint to read")
+        flag(one, "output_dir", required=True, help="new folder")
+    _add_layout(into)
+
+
+def _add_verify(subparsers: Any) -> None:
+    parser = _command(subparsers, "verify", commands.verify, "Compares a Hugging Face checkpoint with another: tensors and logits.")
+    flag(parser, "model_name", required=True, help="Hugging Face folder")
+    flag(parser, "against", required=True, help="Megatron or Hugging Face folder")
+
+
+def _add_parity(subparsers: Any) -> None:
+    parser = subparsers.add_parser("parity", help="Losses and gradients under a layout against one process; `parity golden FILE`.")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden", parser_class=_Parser)
+    layout = _command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
+    _add_layout(layout)
+    flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
+    flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")
+    flag(layout, "use_distributed_optimizer", action="store_true", help="shard optimizer state over data-parallel ranks")
+    flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
+    flag(layout, "family", default="qwen2", choices=["qwen2", "llama"], help="model family of the tiny model (qwen2)")
+    flag(layout, "loss_path", default="fused", choices=["fused", "materialized"], help="how the loss reads the vocabulary (fused)")
+    golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
+    golden.add_argument("file", metavar="FILE", help="golden vectors, JSON")
+
+
+def _add_evaluate(subparsers: Any) -> None:
+    parser = _command(subparsers, "evaluate", commands.evaluate, "Scores a checkpoint, or the reference solutions, on a task.")
+    flag(parser, "dataset", required=True, help="addition or gsm8k")
+    flag(parser, "data_path", help="JSON or JSONL file (or .gz) instead of the hub")
+    flag(parser, "model_name", help="Hugging Face or Megatron checkpoint folder")
+    flag(parser, "output_dir", help="new folder for answers.jsonl and result.json")
+    flag(parser, "references", action="store_true", help="score the reference solutions themselves")
+    flag(parser, "max_examples", type=int, metavar="N", help="only the first n questions")
+    flag(parser, "max_completion_length", type=int, default=512, metavar="N", help="tokens (512)")
+    flag(parser, "temperature", type=float, default=0.0, metavar="X", help="0: greedy (0)")
+    flag(parser, "seed", type=int, default=0, metavar="N", help="seed of sampling (0)")

@@ -1,0 +1,1 @@
+"""Whole checkpoints: opening either kind, importing, exporting, comparing."""

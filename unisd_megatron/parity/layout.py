@@ -1,0 +1,182 @@
+"""Loss and gradient of every mode under this layout, against one process.
+
+The product runs as in training (teacher schedule, student schedule, gradient reduction) on a tiny model; rank 0 computes
+the same step with `transformers` and the dense fp64 oracle, one sequence at a time. Gradients are compared as full
+Hugging Face tensors. Losses alone would not do: the classic bug of this field leaves the loss exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, Prompts, Sample, auxiliary
+from unisd_megatron.config import Layout, Optimization, resolve
+from unisd_megatron.exchange import broadcast_json
+from unisd_megatron.families import FAMILIES
+from unisd_megatron.grid import Grid
+from unisd_megatron.mcore.model import HiddenStateModel, build
+from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.student import Student
+from unisd_megatron.mcore.teacher import Teacher
+from unisd_megatron.mechanisms.objective import LossSettings, Objective, loss_settings
+from unisd_megatron.modes import MODES
+from unisd_megatron.parity import oracle
+from unisd_megatron.train.collate import micro_batches
+from unisd_megatron.train.step import Learner, compute_gradients, gather_tally
+from unisd_megatron.weights import stream
+from unisd_megatron.weights.tiny import VOCAB_SIZE, tiny_model
+
+TOLERANCE = 1e-5
+"""Largest relative difference of a loss or a gradient, fp32 against fp64."""
+
+SEQUENCES, VIEWS = 8, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    name: str
+    loss: float
+    loss_error: float  # relative
+    gradient_error: float  # relative, worst tensor; see `gradient_error`
+    holds: bool
+
+
+class InMemory:
+    """A `transformers` model as a source of tensors for `stream.load`."""
+
+    path = "the tiny model"
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._tensors = dict(model.state_dict())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class Rig:
+    """Tiny student and teacher under a layout, and the same two as `transformers` models."""
+
+    def __init__(self, layout: Layout, platform: Platform, grid: Grid, family: str = "qwen2", path: str = "fused") -> None:
+        self.layout, self.grid, self.path = layout, grid, path
+        self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
+        self.arch = FAMILIES[family].arch(self.references[0].config.to_dict())
+        self.mappings = FAMILIES[family].mappings(self.arch)
+        self.arch.check_layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, f"the tiny {family}")
+        models = [build(self.arch, layout, platform, grid) for _ in self.references]
+        for model, reference in zip(models, self.references, strict=True):
+            self._load(model, reference)
+        self.student = Student(models[0], layout, Optimization(), 10, grid)
+        self.teacher = Teacher(models[1], "frozen", grid)
+        self.samples = make_samples()
+        if grid.world.rank == 0:
+            self.references = tuple(reference.double() for reference in self.references)
+
+    def _load(self, model: HiddenStateModel, reference: torch.nn.Module) -> None:
+        stream.load(model.named_shards(), self.mappings, InMemory(reference), self.grid.tensor)  # type: ignore[arg-type]
+
+    def gradients(self, settings: LossSettings, samples: list[Sample], teacher: Teacher | None = None) -> tuple[float, dict[str, Tensor]]:
+        """Loss and full gradients by Hugging Face name, on every rank. Collective."""
+        mine = samples[self.grid.data.rank :: self.grid.data.size]
+        batches = micro_batches(
+            mine,
+            self.layout.micro_batch_size,
+            [STUDENT, *settings.teacher_views],
+            multiple=self.layout.tensor_model_parallel_size if self.layout.sequence_parallel else 1,
+            mask_truncated=True,
+            device=self.grid.device,
+        )
+        learner = Learner(self.student, teacher or self.teacher, Objective(settings, self.grid.data), self.arch, self.grid)
+        tally = gather_tally(compute_gradients(learner, batches), self.grid)
+        return tally.read()["loss"], dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
+
+    def expected(self, settings: LossSettings) -> tuple[float, dict[str, Tensor]]:
+        """The same from the oracle; on rank 0 only."""
+        student, teacher = self.references
+        with torch.no_grad():
+            heard = [
+                {name: oracle.read(teacher, s.prompts.views[name], s.completion.token_ids) for name in settings.teacher_views}
+                for s in self.samples
+            ]
+        student.zero_grad()
+        loss = oracle.step_loss(student, heard, self.samples, settings, mask_truncated=True)
+        loss.backward()
+        return float(loss), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def make_samples() -> list[Sample]:
+    """A fixed global batch of ragged sequences; one was cut and counts for nothing."""
+    rng = random.Random(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randint(low, high)))
+
+    samples = []
+    for i in range(SEQUENCES):
+        names = [STUDENT, TEACHER, NEGATIVE, *(auxiliary(k) for k in range(VIEWS))]
+        prompts = Prompts(str(i), {name: ids(3, 20) for name in names})
+        completion = ids(1, 12)
+        samples.append(Sample(prompts, Completion(completion, (0.0,) * len(completion), "length" if i == 5 else "stop")))
+    return samples
+
+
+def cases(path: str) -> Iterator[tuple[str, LossSettings]]:
+    """Every mode, and the divergences, statistics and clipping that modes share."""
+    for mode in MODES:
+        yield mode, _settings(mode, path)
+    vanilla = _settings("vanilla", path)
+    yield "reverse KL", dataclasses.replace(vanilla, alpha=1.0)
+    yield "JSD 0.3", dataclasses.replace(vanilla, alpha=0.3)
+    yield "clip 0.5", dataclasses.replace(vanilla, token_clip=0.5)
+    yield "unisd_star, JSD 0.5, clip 0.2", dataclasses.replace(_settings("unisd_star", path), alpha=0.5, token_clip=0.2)
+    yield "agreement_seq range", dataclasses.replace(_settings("agreement_seq_random", path), agreement_stat="range", gamma=0.5)
+    yield "agreement_tok range", dataclasses.replace(_settings("agreement_tok_random", path), agreement_stat="range")
+
+
+def _settings(mode: str, path: str) -> LossSettings:
+    flags = {"mode": mode, "model_name": "tiny", "loss_path": path}
+    return dataclasses.replace(loss_settings(resolve(flags, {})), views=VIEWS)
+
+
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Worst relative L2 difference of a tensor; tensors whose gradient vanishes (key biases) are measured against 1e-3 of the whole."""
+    whole = torch.stack([g.double().norm() for g in expected.values()]).norm()
+    return max(
+        float((found[name].double() - g).norm() / torch.maximum(g.norm(), 1e-3 * whole)) if torch.isfinite(found[name]).all() else float("inf")
+        for name, g in expected.items()
+    )
+
+
+def compare(rig: Rig, say: Callable[[Case], None] = lambda case: None) -> list[Case]:
+    """All cases, on every rank. Collective over all ranks."""
+    results = []
+    for name, settings in cases(rig.path):
+        loss, gradients = rig.gradients(settings, rig.samples)
+        outcome = None
+        if rig.grid.world.rank == 0:
+            expected_loss, expected = rig.expected(settings)
+            loss_error = abs(loss - expected_loss) / abs(expected_loss)
+            worst = gradient_error(gradients, expected)
+            outcome = [name, loss, loss_error, worst, max(loss_error, worst) <= TOLERANCE]
+        results.append(Case(*broadcast_json(outcome, 0, rig.grid.world)))
+        say(results[-1])
+    for alpha in (0.0, 0.3, 1.0):
+        results.append(_same_model(rig, alpha))
+        say(results[-1])
+    return results
+
+
+def _same_model(rig: Rig, alpha: float) -> Case:
+    """Student and teacher are one model reading one prompt: loss and gradient must vanish."""
+    settings = dataclasses.replace(_settings("vanilla", rig.path), alpha=alpha)
+    same = [Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion) for s in rig.samples]
+    loss, gradients = rig.gradients(settings, same, Teacher(rig.student.model, "live", rig.grid))
+    norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+    return Case(f"student = teacher, alpha {alpha:g}", loss, abs(loss), norm, abs(loss) <= 1e-7 and norm <= 1e-6)

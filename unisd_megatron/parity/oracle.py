@@ -1,0 +1,101 @@
+"""The loss of a step, written from the definitions: one process, dense, fp64, no padding, no sharing of code with the product.
+
+Reads like the paper, runs slowly, and is what `unisd parity` compares every layout with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Sample, auxiliary
+from unisd_megatron.mechanisms.objective import LossSettings
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says about one completion behind one prompt, at its T tokens."""
+
+    logits: Tensor  # [T, V] fp64
+    hidden: Tensor  # [T, h] fp64
+
+
+def read(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> Said:
+    """A `transformers` model on one sequence alone."""
+    ids = torch.tensor([[*prompt, *completion]])
+    hidden = model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+    return Said(model.lm_head(hidden), hidden)
+
+
+def step_loss(
+    student: torch.nn.Module, heard: Sequence[Mapping[str, Said]], samples: Sequence[Sample], settings: LossSettings, mask_truncated: bool
+) -> Tensor:
+    """The corrected loss over all samples of a global batch; a scalar with a gradient to `student`.
+
+    Args: heard: for each sample, what the teacher says behind each of its views.
+    """
+    kept = [i for i, s in enumerate(samples) if not (mask_truncated and s.completion.finish_reason == "length")]
+    tokens = {i: torch.tensor(samples[i].completion.token_ids) for i in kept}
+    token_weights, sequence_weights = _agreement({i: heard[i] for i in kept}, tokens, settings)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in kept:
+        of_student = read(student, samples[i].prompts.views[STUDENT], samples[i].completion.token_ids)
+        of_teacher = heard[i][TEACHER]
+        divergence = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        if settings.token_clip is not None:
+            divergence = divergence.clamp(max=settings.token_clip)
+        weights = token_weights[i]
+        main = (weights * divergence).sum() / weights.sum()
+        total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
+        if settings.contrastive_weight:
+            s, p, n = (
+                _log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
+            )
+            hinge = (settings.contrastive_margin + (s - p).abs() - (s - n).abs()).clamp(min=0)
+            total = total + settings.contrastive_weight * hinge.mean() / len(kept)
+        if settings.matching_weight:
+            feature = (of_student.hidden - of_teacher.hidden).pow(2).mean(-1).mean()
+            total = total + settings.matching_weight * feature / len(kept)
+    return total
+
+
+def _log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+
+
+def _divergence(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
+    log_s, log_t = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    if alpha == 0:
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+    if alpha == 1:
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    log_m = ((1 - alpha) * log_s.exp() + alpha * log_t.exp()).log()
+    return alpha * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - alpha) * (log_s.exp() * (log_s - log_m)).sum(-1)
+
+
+def _agreement(
+    heard: Mapping[int, Mapping[str, Said]], tokens: Mapping[int, Tensor], settings: LossSettings
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Token weights inside each sequence, and weights of the sequences."""
+    one = torch.ones((), dtype=torch.float64)
+    token_weights = {i: torch.ones(len(ids), dtype=torch.float64) for i, ids in tokens.items()}
+    sequence_weights = {i: one for i in tokens}
+    if settings.agreement is None or settings.gamma <= 0:
+        return token_weights, sequence_weights
+    views = {
+        i: torch.stack([_log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)]) for i, ids in tokens.items()
+    }
+    if settings.agreement == "sequence":
+        means = {i: view.mean(1) for i, view in views.items()}
+        spread = {i: m.max() - m.min() if settings.agreement_stat == "range" else m.var(unbiased=False) for i, m in means.items()}
+        return token_weights, {i: (-settings.gamma * d).exp().clamp(min=1e-6) for i, d in spread.items()}
+    if settings.agreement_stat == "range":
+        spreads = {i: view.max(0).values - view.min(0).values for i, view in views.items()}
+    else:
+        spreads = {i: view.var(0, unbiased=True) for i, view in views.items()}
+    scale = torch.cat(list(spreads.values())).quantile(0.95).clamp(min=1e-6)
+    weights = {i: (1 / (1 + settings.gamma * (d / scale).clamp(max=10))).clamp(min=0.01) for i, d in spreads.items()}
+    return weights, sequence_weights

@@ -1,0 +1,48 @@
+"""Completions recorded by an earlier run: for debugging, comparing layouts, and offline distillation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from unisd_megatron.batch import Completion
+from unisd_megatron.errors import DataError
+from unisd_megatron.rollout.engine import Request, Sampling
+
+
+def rollout_file(folder: Path, step: int) -> Path:
+    """Where the completions of an optimizer step (from 0) are recorded."""
+    return folder / f"step_{step:06d}.jsonl"
+
+
+class ReplayEngine:
+    """Answers each request with the recorded completion of the same step and seed; weights are ignored."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder of recorded rollouts")
+        self._folder = folder
+        self._step = 0
+
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """Moves to a step; the stream is still consumed, because other ranks take part in it."""
+        for _ in weights:
+            pass
+        self._step = step
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Raises `DataError` if the recording lacks a request or was made from another prompt."""
+        path = rollout_file(self._folder, self._step)
+        if not path.is_file():
+            raise DataError(f"{path}: no recording of step {self._step}")
+        recorded = {row["seed"]: row for row in map(json.loads, path.read_text().splitlines())}
+        out = []
+        for request in requests:
+            row = recorded.get(request.seed)
+            if row is None or tuple(row["prompt"]) != request.prompt:
+                raise DataError(f"{path}: no completion for {request.example_id}; was it recorded with the same seed and data?")
+            out.append(Completion(tuple(row["completion"]), tuple(row["log_probs"]), row["finish_reason"]))
+        return out

@@ -1,0 +1,137 @@
+"""The embedded default engine: Hugging Face generation in the training processes. Needs no GPU and no server.
+
+Every rank of a replica holds a copy of the model and samples its share of the prompts. Each sequence has a generator of
+its own: a token is the arg-max of log-probs plus Gumbel noise (an exact draw from the distribution), so the completions
+do not depend on how prompts are cut into batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging as transformers_logging
+
+from unisd_megatron.batch import Completion
+from unisd_megatron.errors import CheckFailed
+from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.grid import Grid
+from unisd_megatron.rollout.engine import Request, Sampling
+
+
+class TransformersEngine:
+    """Generates with a `transformers` model whose weights are refreshed in place.
+
+    Args: folder: Hugging Face checkpoint (its weights are the first policy); batch_size: sequences generated together;
+    dtype: of the copy, that of training.
+    """
+
+    def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, batch_size: int = 32) -> None:
+        self._grid = grid
+        self._batch_size = batch_size
+        transformers_logging.disable_progress_bar()
+        self.model = _load(folder, dtype).to(grid.device).eval()
+        # A checkpoint's own generation defaults (repetition penalty, top-k, ...) would act on the scores before ours.
+        self.model.generation_config = GenerationConfig()
+        self._parameters = dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """Copies the stream in; `CheckFailed` names a tensor that is unknown, misshapen or missing from it."""
+        missing = set(self._parameters)
+        for name, tensor in weights:
+            target = self._parameters.get(name)
+            if target is None or target.shape != tensor.shape:
+                raise CheckFailed(f"weight sync of step {step}: the engine has no {name} of shape {tuple(tensor.shape)}")
+            target.copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise CheckFailed(f"weight sync of step {step}: the stream lacks {min(missing)} and {len(missing) - 1} more")
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `RolloutEngine.generate`. The ranks of the replica share the work and exchange the token ids."""
+        axis = self._grid.replica
+        # Prompts of similar length share a batch; ranks take turns, so that each has short and long ones.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        mine = order[axis.rank :: axis.size]
+        done: dict[int, Completion] = {}
+        for start in range(0, len(mine), self._batch_size):
+            part = mine[start : start + self._batch_size]
+            done |= zip(part, self._generate_batch([requests[i] for i in part], sampling), strict=True)
+        plain = {str(i): [list(c.token_ids), list(c.log_probs), c.finish_reason] for i, c in done.items()}
+        merged = {int(i): value for part in all_gather_json(plain, axis) for i, value in part.items()}
+        return [Completion(tuple(merged[i][0]), tuple(merged[i][1]), merged[i][2]) for i in range(len(requests))]
+
+    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        width = max(len(request.prompt) for request in requests)
+        device = self._grid.device
+        prompts = torch.zeros(len(requests), width, dtype=torch.int64)
+        attention = torch.zeros_like(prompts)
+        for row, request in enumerate(requests):
+            prompts[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
+            attention[row, width - len(request.prompt) :] = 1
+        draw = _Draw([request.seed for request in requests], sampling)
+        out = self.model.generate(
+            prompts.to(device),
+            attention_mask=attention.to(device),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.eos_ids), pad_token_id=0
+            ),
+            logits_processor=LogitsProcessorList([draw]),
+        )
+        return _cut(out[:, width:].cpu(), torch.stack(draw.log_probs, dim=1).cpu(), sampling)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The folder's model; random weights beside a bare config.json (a Megatron checkpoint), to be refreshed before use."""
+    if any(folder.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+
+
+class _Draw(LogitsProcessor):
+    """Turns the scores of one position into a score that is highest at the drawn token; keeps its log-prob."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._sampling = sampling
+        self._warpers = LogitsProcessorList()
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.log_probs: list[Tensor] = []  # [B] per position, at the sampling temperature, before top-k and top-p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        log_probs = torch.log_softmax(scores / (self._sampling.temperature or 1.0), -1)
+        choice = log_probs
+        if self._sampling.temperature:
+            uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._generators])
+            gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+            choice = self._warpers(input_ids, log_probs).double() + gumbel.to(scores.device)
+        token = choice.argmax(-1, keepdim=True)
+        self.log_probs.append(log_probs.gather(1, token).squeeze(1))
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
+def _cut(tokens: Tensor, log_probs: Tensor, sampling: Sampling) -> list[Completion]:
+    """Completions up to and including the first end-of-sequence id."""
+    out = []
+    for row, values in zip(tokens.tolist(), log_probs.tolist(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in sampling.eos_ids), None)
+        length = len(row) if end is None else end + 1
+        out.append(Completion(tuple(row[:length]), tuple(values[:length]), "length" if end is None else "stop"))
+    return out

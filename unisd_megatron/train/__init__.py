@@ -1,0 +1,1 @@
+"""The order of work of a training run; no arithmetic of its own."""

@@ -1,0 +1,103 @@
+"""Checkpoint folders of a run: complete or not there, kept to a number, found again.
+
+    RUN/checkpoints/step_000100/shards/     student, teacher and optimizer, any layout (`mcore/store.py`)
+    RUN/checkpoints/step_000100/state.json  steps done, clip ceiling, the settings it was written under
+
+A folder is written as `step_000100.partial` and renamed when everything is on disk. Whatever is random derives from
+(seed, purpose, step), so the number of steps done restores data order and sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from unisd_megatron.config import RESUME_MAY_CHANGE, Run
+from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.train.step import Learner
+
+_NAME = re.compile(r"step_(\d+)")
+
+
+def complete(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = output_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def find(output_dir: Path, asked: str) -> Path:
+    """The checkpoint that `--resume_from_checkpoint` names. Raises `CheckpointError` if it is missing or incomplete."""
+    if asked == "latest":
+        found = complete(output_dir)
+        if not found:
+            raise CheckpointError(f"{output_dir}: no complete checkpoint to resume from")
+        return found[-1]
+    path = Path(asked)
+    if path.name.endswith(".partial"):
+        raise CheckpointError(f"{path}: half-written checkpoint; use `latest` or a folder without .partial")
+    read_state(path)
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint folder; `CheckpointError` if the folder is no complete checkpoint."""
+    for needed in ("state.json", "shards/metadata.json"):
+        if not (path / needed).is_file():
+            raise CheckpointError(f"{path}: not a complete checkpoint ({needed} is missing)")
+    return json.loads((path / "state.json").read_text())
+
+
+def check_same_run(state: dict[str, Any], run: Run, path: Path) -> None:
+    """Raises `ConfigError` where a setting that shapes the run differs from the checkpoint's."""
+    for name, value in run.flat().items():
+        before = state["settings"].get(name, value)
+        if name not in RESUME_MAY_CHANGE and before != value:
+            raise ConfigError(f"{path} was written with --{name} {before}; this run has {value}. Resume with the same settings")
+
+
+def save(learner: Learner, run: Run, steps_done: int) -> Path:
+    """Writes the checkpoint of `steps_done` optimizer steps and drops the oldest beyond the limit. Collective."""
+    from unisd_megatron.mcore import store
+
+    assert run.schedule.output_dir is not None
+    final = Path(run.schedule.output_dir) / "checkpoints" / f"step_{steps_done:06d}"
+    partial = final.with_name(final.name + ".partial")
+    leads = learner.grid.world.rank == 0
+    if leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "shards").mkdir(parents=True)
+    dist.barrier()
+    store.save(partial / "shards", learner.student.model, learner.student, learner.teacher)
+    dist.barrier()
+    if leads:
+        state = {"steps_done": steps_done, "clip_ceiling": learner.objective.ceiling, "settings": run.flat()}
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        if final.exists():  # the run was resumed from an older checkpoint and has come here again
+            replaced = final.with_name(final.name + ".replaced.partial")
+            final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(final)
+        if run.schedule.save_total_limit:
+            for old in complete(Path(run.schedule.output_dir))[: -run.schedule.save_total_limit]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def restore(path: Path, learner: Learner) -> int:
+    """Loads a checkpoint under the present layout; returns the optimizer steps it has behind it. Collective."""
+    from unisd_megatron.mcore import store
+
+    state = read_state(path)
+    store.load(path / "shards", learner.student.model, learner.student, learner.teacher)
+    learner.objective.ceiling = state["clip_ceiling"]
+    return int(state["steps_done"])

@@ -1,0 +1,154 @@
+"""A training run from the first step to the exported folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from unisd_megatron.config import Run
+from unisd_megatron.errors import CheckpointError
+from unisd_megatron.evaluate.run import accuracy, answer
+from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.mcore import platform as platforms
+from unisd_megatron.mcore import start
+from unisd_megatron.rollout.replay import rollout_file
+from unisd_megatron.train import checkpoint
+from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
+from unisd_megatron.train.metrics import Journal
+from unisd_megatron.train.step import Parts, Report, train_step
+from unisd_megatron.weights import stream
+from unisd_megatron.weights.hf import save_folder
+
+
+def train(run: Run) -> None:
+    """Carries out a run. Called on every rank, as torchrun starts them.
+
+    Raises a `RequestError` before any process group exists where the request is wrong, `CheckFailed` where the run must
+    not go on. Nothing is written before the request has been checked.
+    """
+    platform = platforms.choose()
+    world_size = start.world_size_from_environment()
+    prepared = prepare(run, world_size)
+    output, resume = _check_output(run)
+    grid = start.start(platform, run.layout, run.schedule.seed)
+    try:
+        parts = assemble(run, prepared, platform, grid)
+        first = checkpoint.restore(resume, parts.learner) if resume is not None else 0
+        leads = grid.world.rank == 0
+        dist.barrier()
+        if leads:
+            output.mkdir(parents=True, exist_ok=True)
+            write_run_file(run, output, _versions(platform.reason))
+        journal = Journal(output, first, prepared.max_steps) if leads else None
+        if journal is not None:
+            for line in [platform.reason, *prepared.notes, *([f"resumed from {resume}"] if resume else [])]:
+                journal.say(line)
+        try:
+            _steps(parts, prepared, first, output, journal)
+        finally:
+            if journal is not None:
+                journal.close()
+        if run.schedule.export_hf:
+            _export(parts, prepared, output)
+    finally:
+        start.stop()
+
+
+def _check_output(run: Run) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint to resume from; `CheckpointError` if the folder holds another run."""
+    assert run.schedule.output_dir is not None
+    output = Path(run.schedule.output_dir)
+    if run.schedule.resume_from_checkpoint is None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(
+                f"{output}: not empty; choose a new --output_dir, or continue that run with --resume_from_checkpoint latest"
+            )
+        return output, None
+    path = checkpoint.find(output, run.schedule.resume_from_checkpoint)
+    checkpoint.check_same_run(checkpoint.read_state(path), run, path)
+    if (output / "run.json").is_file() and path.resolve().parent.parent != output.resolve():
+        raise CheckpointError(f"{output}: holds another run than the checkpoint {path}; choose a new --output_dir")
+    return output, path
+
+
+def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: Journal | None) -> None:
+    schedule = parts.run.schedule
+    for step in range(first, prepared.max_steps):
+        if schedule.eval_steps and step % schedule.eval_steps == 0:
+            _evaluate(parts, prepared, step, output, journal)
+        report = train_step(parts, step)
+        if journal is not None:
+            journal.record(step, report.metrics)
+        if schedule.save_rollouts:
+            _record_rollouts(parts, report, step, output)
+        if schedule.save_steps and (step + 1) % schedule.save_steps == 0 and step + 1 < prepared.max_steps:
+            checkpoint.save(parts.learner, parts.run, step + 1)
+    if first < prepared.max_steps:
+        checkpoint.save(parts.learner, parts.run, prepared.max_steps)
+    if schedule.eval_steps:
+        _evaluate(parts, prepared, prepared.max_steps, output, journal)
+
+
+def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None) -> None:
+    """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`."""
+    schedule, grid = parts.run.schedule, parts.learner.grid
+    records = prepared.task.load("test", schedule.eval_data_path)[: schedule.eval_examples]
+    parts.engine.refresh(stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid), steps_done)
+    greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
+    score = accuracy(answer(prepared.task, records, prepared.tokenizer, parts.engine, greedy, grid))
+    if journal is not None:
+        journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(records)}")
+        with (output / "evaluations.jsonl").open("a", encoding="utf-8") as stream_:
+            stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(records)}) + "\n")
+
+
+def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> None:
+    """Writes the completions of a step over all replicas, for `--rollout replay`. Collective over the data axis."""
+    from unisd_megatron.batch import STUDENT
+    from unisd_megatron.rollout.engine import sequence_seed
+
+    grid = parts.learner.grid
+    rows = [
+        {
+            "id": sample.prompts.id,
+            "seed": sequence_seed(parts.run.schedule.seed, step, grid.data.rank + i * grid.data.size),
+            "prompt": sample.prompts.views[STUDENT],
+            "completion": sample.completion.token_ids,
+            "log_probs": sample.completion.log_probs,
+            "finish_reason": sample.completion.finish_reason,
+        }
+        for i, sample in enumerate(report.samples)
+    ]
+    gathered = all_gather_json(rows, grid.data)
+    if grid.world.rank == 0:
+        path = rollout_file(output / "rollouts", step)
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for part in gathered for row in part), encoding="utf-8")
+        partial.replace(path)
+
+
+def _export(parts: Parts, prepared: Prepared, output: Path) -> None:
+    """The student as a Hugging Face folder, `RUN/hf`. Collective."""
+    grid = parts.learner.grid
+    target = output / "hf"
+    tensors = stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid)
+    if grid.world.rank == 0:
+        if target.exists():
+            import shutil
+
+            shutil.rmtree(target)  # of an earlier end of this same run
+        save_folder(target, prepared.source.path, tensors, dtype=parts.learner.student.model.config.params_dtype)
+    else:
+        for _ in tensors:
+            pass
+    dist.barrier()
+
+
+def _versions(platform: str) -> dict[str, str]:
+    names = ("unisd_megatron", "torch", "megatron-core", "transformers", "safetensors")
+    return {"platform": platform} | {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,251 @@
+"""One training step: questions -> the student's completions -> what the teacher says -> loss -> gradients -> weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, MicroBatch, Prompts, Sample, auxiliary
+from unisd_megatron.config import Run
+from unisd_megatron.data import Sampler
+from unisd_megatron.errors import CheckFailed
+from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.families import Arch, Mapping
+from unisd_megatron.grid import Grid
+from unisd_megatron.losses.collectives import replicated_use
+from unisd_megatron.losses.readout import Readout, compare, sampled_log_probs
+from unisd_megatron.mcore.student import Student
+from unisd_megatron.mcore.teacher import Teacher
+from unisd_megatron.mechanisms import feature_distance
+from unisd_megatron.mechanisms.objective import Heard, Objective, TokenStats
+from unisd_megatron.mechanisms.tally import Tally
+from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, sequence_seed
+from unisd_megatron.train.collate import micro_batches, scatter
+from unisd_megatron.weights import stream
+
+
+@dataclass
+class Learner:
+    """Student, teacher and loss on this rank's part of the layout: everything a gradient needs."""
+
+    student: Student
+    teacher: Teacher
+    objective: Objective
+    arch: Arch
+    grid: Grid
+
+
+@dataclass
+class Parts:
+    """What a training step works with."""
+
+    run: Run
+    learner: Learner
+    engine: RolloutEngine
+    sampling: Sampling
+    sampler: Sampler
+    prompts: Sequence[Prompts]
+    mappings: Sequence[Mapping]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out of a step; the same numbers on every rank. `samples` are this replica's."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+def train_step(parts: Parts, step: int) -> Report:
+    """Optimizer step `step` (from 0). Collective over all ranks.
+
+    Raises `CheckFailed`, on every rank and before the weights move, if a loss term is not finite or the engine's
+    log-probs are further from Megatron's than the run allows.
+    """
+    clock = _Clock()
+    learner, layout = parts.learner, parts.run.layout
+    samples = roll_out(parts, step)
+    clock.lap("seconds/rollout")
+    batches = micro_batches(
+        samples,
+        layout.micro_batch_size,
+        [STUDENT, *learner.objective.settings.teacher_views],
+        multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1,
+        mask_truncated=parts.run.rollout.mask_truncated_completions,
+        device=learner.grid.device,
+    )
+    tally = compute_gradients(learner, batches, clock)
+    _count(samples, tally)
+    merged = gather_tally(tally, learner.grid)
+    _check(merged, parts.run, step)
+    metrics = merged.read()
+    # Only the last stage saw the divergences; every rank needs the ceiling for the checkpoint.
+    learner.objective.ceiling = metrics.get("clip/next_ceiling", learner.objective.ceiling)
+    metrics["grad_norm"], metrics["learning_rate"] = learner.student.step(step)
+    if not math.isfinite(metrics["grad_norm"]):
+        raise CheckFailed(f"step {step}: the gradient norm is {metrics['grad_norm']}; the last checkpoint is untouched")
+    metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
+    clock.lap("seconds/optimizer")
+    return Report(metrics | clock.laps | _speed(metrics, clock), samples)
+
+
+def roll_out(parts: Parts, step: int) -> list[Sample]:
+    """The student answers this replica's share of the step's questions. Collective over the replica."""
+    grid = parts.learner.grid
+    indices = parts.sampler.batch(step)
+    mine = range(grid.data.rank, len(indices), grid.data.size)
+    prompts = [parts.prompts[indices[position]] for position in mine]
+    requests = [
+        Request(one.id, one.views[STUDENT], sequence_seed(parts.run.schedule.seed, step, position))
+        for one, position in zip(prompts, mine, strict=True)
+    ]
+    parts.engine.refresh(stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid), step)
+    completions = parts.engine.generate(requests, parts.sampling)
+    return [Sample(one, completion) for one, completion in zip(prompts, completions, strict=True)]
+
+
+def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _Clock | None = None) -> Tally:
+    """Teacher passes, then the student's forward and backward; gradients are in the student's buffers. Collective.
+
+    Returns this rank's tally; it is complete on the last pipeline stage and empty elsewhere.
+    """
+    clock = clock or _Clock()
+    hidden, heard = listen_to_teacher(learner, batches)
+    clock.lap("seconds/teacher")
+    shares = learner.objective.prepare(heard) if learner.grid.is_last_stage else []
+    tally = Tally()
+    divergences: list[Tensor] = []
+
+    def loss(i: int, rows: Tensor) -> Tensor:
+        stats = _compare(learner, batches[i], rows, hidden[i], tally)
+        divergences.append(stats.divergence.detach())
+        return learner.objective.share_of_loss(stats, shares[i], tally)
+
+    learner.student.learn([batch.views[STUDENT] for batch in batches], loss)
+    if learner.grid.is_last_stage:
+        learner.objective.follow_quantile(divergences, [batch.mask for batch in batches])
+        if learner.objective.ceiling is not None:
+            tally.maxima["clip/next_ceiling"] = learner.objective.ceiling
+    clock.lap("seconds/student")
+    return tally
+
+
+def listen_to_teacher(learner: Learner, batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Heard]]:
+    """All views of all micro-batches in one forward-only schedule.
+
+    Returns, on the last stage: final hidden states of the primary view at the kept tokens, `[N, h]` per micro-batch, and
+    the sampled-token log-probs of the other views. Nothing of the size of the vocabulary is kept.
+    """
+    views = learner.objective.settings.teacher_views
+    items = [(batch, name) for batch in batches for name in views]
+
+    def listen(i: int, rows: Tensor) -> Tensor:
+        batch, name = items[i]
+        if name == TEACHER:
+            return rows
+        return sampled_log_probs(
+            Readout(rows, learner.teacher.head_weight()),
+            token_ids=batch.token_ids,
+            temperature=views[name],
+            vocab_size=learner.arch.vocab_size,
+            group=learner.grid.tensor.group,
+            path=learner.objective.settings.path,
+        )
+
+    said = learner.teacher.score([batch.views[name] for batch, name in items], listen)
+    if not learner.grid.is_last_stage:
+        return [], []
+    by_batch = [dict(zip(views, said[i : i + len(views)], strict=True)) for i in range(0, len(said), len(views))]
+    return [one[TEACHER] for one in by_batch], [_heard(one, batch) for one, batch in zip(by_batch, batches, strict=True)]
+
+
+def _heard(said: dict[str, Tensor], batch: MicroBatch) -> Heard:
+    auxiliaries = []
+    while auxiliary(len(auxiliaries)) in said:
+        auxiliaries.append(scatter(said[auxiliary(len(auxiliaries))], batch.mask))
+    return Heard(
+        mask=batch.mask,
+        auxiliary=torch.stack(auxiliaries) if auxiliaries else None,
+        negative=scatter(said[NEGATIVE], batch.mask) if NEGATIVE in said else None,
+    )
+
+
+def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Tensor, tally: Tally) -> TokenStats:
+    settings, group = learner.objective.settings, learner.grid.tensor.group
+    said = compare(
+        Readout(rows, learner.student.model.head_weight()),
+        Readout(teacher_rows, learner.teacher.head_weight()),
+        token_ids=batch.token_ids,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        vocab_size=learner.arch.vocab_size,
+        group=group,
+        path=settings.path,
+    )
+    gap = (said.student_log_probs.detach() - batch.engine_log_probs).abs()
+    tally.add_mean("rollout/logp_gap", gap)
+    tally.add_max("rollout/logp_gap_max", gap)
+    feature = feature_distance(replicated_use(rows, group), teacher_rows) if settings.matching_weight else None
+    return TokenStats(
+        divergence=scatter(said.divergence, batch.mask),
+        student_log_probs=scatter(said.student_log_probs, batch.mask),
+        teacher_log_probs=scatter(said.teacher_log_probs, batch.mask),
+        entropy=scatter(said.entropy.detach(), batch.mask),
+        feature=None if feature is None else scatter(feature, batch.mask),
+    )
+
+
+def gather_tally(tally: Tally, grid: Grid) -> Tally:
+    """The step's numbers over all sequences, on every rank; faults carry the rank that saw them. Collective."""
+    speaks = grid.is_last_stage and grid.tensor.rank == 0
+    tally.faults = [f"{term} (rank {grid.world.rank})" for term in tally.faults]
+    parts = all_gather_json(tally.plain() if speaks else None, grid.world)
+    return Tally.merge(part for part in parts if part is not None)
+
+
+def _check(tally: Tally, run: Run, step: int) -> None:
+    if tally.faults:
+        raise CheckFailed(f"step {step}: not finite: {', '.join(tally.faults)}; the last checkpoint is untouched")
+    metrics = tally.read()
+    gap = metrics.get("rollout/logp_gap", 0.0)
+    if not gap <= run.logp_gap_limit:
+        raise CheckFailed(
+            f"step {step}: the rollout engine's log-probs differ from Megatron's by {gap:.3g} nats on average, more than "
+            f"--max_logp_gap {run.logp_gap_limit:g}; its weights are stale or wrong"
+        )
+
+
+def _count(samples: Sequence[Sample], tally: Tally) -> None:
+    if not tally.means:
+        return  # not a rank whose tally speaks
+    lengths = torch.tensor([float(len(sample.completion.token_ids)) for sample in samples])
+    cut = torch.tensor([float(sample.completion.finish_reason == "length") for sample in samples])
+    tally.add_mean("completions/length", lengths)
+    tally.add_max("completions/length_max", lengths)
+    tally.add_mean("completions/truncated_fraction", cut)
+    tally.add_sum("completions/tokens", lengths.sum())
+
+
+def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:
+    total = sum(clock.laps.values())
+    return {"seconds/step": total, "tokens_per_second": metrics.get("completions/tokens", 0.0) / total}
+
+
+
+
+class _Clock:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,58 @@
+"""Tiny random Hugging Face checkpoints with a byte-level tokenizer, for tests, demos and parity checks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from unisd_megatron.errors import CheckpointError
+from unisd_megatron.families import FAMILIES
+
+# Under these names AutoTokenizer loads what was saved: beside a `qwen2` config it makes a Qwen2Tokenizer of any folder,
+# which would otherwise add an `<|endoftext|>` of its own outside the embedding.
+PAD, EOS = "<|endoftext|>", "<|im_end|>"
+PAD_ID, EOS_ID = 0, 1
+VOCAB_SIZE = 300  # wider than the tokenizer's 258 entries, and not a multiple of anything useful
+
+
+def tiny_model(family: str, seed: int) -> PreTrainedModel:
+    """A random fp32 model of the family, made by `transformers` itself; biases and norms are random too."""
+    settings = dict(FAMILIES[family].tiny_config())
+    config = AutoConfig.for_model(settings.pop("model_type"), vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID, **settings)
+    model = AutoModelForCausalLM.from_config(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, behind padding and end-of-sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {PAD: PAD_ID, EOS: EOS_ID} | {character: i for i, character in enumerate(alphabet, start=2)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def write_tiny(family: str, folder: Path, seed: int) -> None:
+    """Writes the model and the tokenizer; complete or not there. `CheckpointError` if the folder exists."""
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already; remove it or choose another folder")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = tiny_model(family, seed)
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.save_pretrained(partial)
+    byte_tokenizer().save_pretrained(partial)
+    os.replace(partial, folder)
