@@ -11,7 +11,7 @@ import pytest
 from world import World
 
 # Imported before the workers are forked; each costs seconds per worker otherwise.
-PRELOAD: tuple[str, ...] = ()
+PRELOAD = ("transformers", "unisd_megatron.train.loop", "unisd_megatron.parity.layout")
 
 WORLD = World(4, preload=PRELOAD)
 

@@ -63,12 +63,13 @@ def test_an_exception_arrives_with_its_traceback_and_the_next_call_works(own_wor
 
 def test_a_hanging_or_dead_worker_fails_in_time_and_the_next_call_works(own_world: World) -> None:
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"no answer in time from rank\(s\) \[1\]"):
+    own_world.run(2, sum_of_ranks, 0)
+    with pytest.raises(WorkerError, match=r"hang_on_one: no answer in time from rank\(s\) \[.*1\] of 2"):
         own_world.run(2, hang_on_one, timeout_s=0.5)
     with pytest.raises(WorkerError, match="rank 1 died"):
         own_world.run(2, die_on_one)
     assert own_world.run(2, sum_of_ranks, 0)[0][2] == 1.0
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60  # not the hour that the worker would have slept
 
 
 def test_impossible_sizes_are_refused(world: World) -> None:

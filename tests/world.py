@@ -13,6 +13,7 @@ in time, or fails while others wait for it, costs the pool: it is killed, and th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
@@ -32,7 +33,7 @@ import torch
 import torch._dynamo  # imported by the first optimizer or checkpoint anyway; seconds per worker if not done before the fork
 import torch.distributed as dist
 
-GRACE_S = 2.0  # how long the other ranks may take to finish or fail once one rank has failed
+GRACE_S = 0.2  # how long the other ranks may take to answer once one rank has failed; they may wait for it for ever
 
 
 class WorkerError(RuntimeError):
@@ -65,11 +66,13 @@ class World:
                 importlib.import_module(name)
         self._folder = tempfile.TemporaryDirectory(prefix="world-")
         context = multiprocessing.get_context("fork")
+        # Not daemons: a daemon may have no children, and Megatron's checkpoint writer is one.
+        atexit.register(self.close)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             inherited = [connection for _, connection in self._workers] + [ours]
             arguments = (rank, theirs, inherited, self._folder.name, self.timeout_s)
-            process = context.Process(target=_serve, args=arguments, daemon=True, name=f"world-{rank}")
+            process = context.Process(target=_serve, args=arguments, name=f"world-{rank}")
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -122,7 +125,8 @@ class World:
         """Kills the workers; the next `run` forks new ones. Does nothing without workers."""
         for process, connection in self._workers:
             connection.close()
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its children too, such as Megatron's checkpoint writer
         for process, _ in self._workers:
             process.join()
         self._workers = []
@@ -133,6 +137,7 @@ class World:
 
 
 def _serve(rank: int, connection: Connection, inherited: list[Connection], folder: str, timeout_s: float) -> None:
+    os.setpgid(0, 0)
     for other in inherited:  # else a worker would keep its siblings' pipes, and itself, alive after the parent's death
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -163,6 +168,8 @@ def _join(rank: int, size: int, store: str, timeout_s: float) -> None:
 
 def _failure(error: BaseException) -> bytes:
     text = traceback.format_exc()
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # would end the parent
+        error = WorkerError(f"{type(error).__name__}: {error}")
     with contextlib.suppress(Exception):
         message = pickle.dumps(("error", error, text))
         pickle.loads(message)  # some exceptions can be written and not read

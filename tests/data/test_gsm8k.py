@@ -125,6 +125,15 @@ def test_a_slip_is_carried_on_to_the_answer() -> None:
     assert any(may != 24 for may, _ in found) and any(may == 24 for may, _ in found)
 
 
+def test_a_slip_never_changes_what_the_question_gives() -> None:
+    """The calculated 5 equals the given 5 boxes: were it the number to slip, the boxes would slip with it."""
+    solution = Record(
+        "gsm8k_1", {"question": "How much do 5 boxes hold?", "answer": "2+3=<<2+3=5>>5 each. 5*5=<<5*5=25>>25\n#### 25"}
+    )
+    wrong = {TASK.corrupt(solution, random.Random(seed)) for seed in range(40)}
+    assert len(wrong) > 2 and all(re.fullmatch(r"2\+3=5 each\. 5\*5=(\d+)\n#### \1", text) for text in wrong)
+
+
 def test_a_wrong_answer_keeps_the_way_numbers_are_written() -> None:
     solution = record("It is 9*120 = $<<9*120=1080>>1,080, paid on the 3rd day.\n#### 1,080")
     for seed in range(20):

@@ -139,6 +139,8 @@ def test_minus_infinity_is_probability_zero(world: World, size: int, alpha: floa
     case["student"][..., 5] = case["teacher"][..., 5] = -math.inf  # both
     case["student"][0, ..., :2] = -math.inf  # a whole shard of four, student only
     case["teacher"][1, ..., 2:4] = -math.inf  # another one, teacher only
+    case["student"][2, :, 0], case["teacher"][2, :, 0] = -300.0, -math.inf  # 0 in fp32 by underflow against 0 exactly:
+    case["student"][2, :, 4], case["teacher"][2, :, 4] = -math.inf, -300.0  # contributes nothing, either way round
     case["ids"][:] = 6
     found = run(world, size, case, 8 // size, alpha=alpha)
     finite = {k: v.nan_to_num(neginf=-1e3) if k in ("student", "teacher") else v for k, v in case.items()}

@@ -91,8 +91,7 @@ def parity_layout(request: argparse.Namespace) -> int:
     from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
 
     platform = platforms.choose()
-    grid = start.start(platform, layout, seed=1)
-    try:
+    with start.world(platform, layout, seed=1) as grid:
         data = layout.data_parallel_size(world)
         say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, SP {layout.sequence_parallel}")
         say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15}")
@@ -102,8 +101,6 @@ def parity_layout(request: argparse.Namespace) -> int:
             say(f"{case.name:32} {case.loss:12.6f} {case.loss_error:12.2e} {case.gradient_error:15.2e}{verdict}")
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
-    finally:
-        start.stop()
     failed = [case.name for case in results if not case.holds]
     say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
     return 1 if failed else 0

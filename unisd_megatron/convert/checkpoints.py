@@ -31,11 +31,8 @@ LOGITS_TOLERANCE = 1e-4
 @contextmanager
 def _world(layout: Layout) -> Iterator[tuple[platforms.Platform, Grid]]:
     platform = platforms.choose()
-    grid = start.start(platform, layout, seed=1)
-    try:
+    with start.world(platform, layout, seed=1) as grid:
         yield platform, grid
-    finally:
-        start.stop()
 
 
 def _layout(source: Source, layout: Layout | None = None) -> Layout:

@@ -27,14 +27,11 @@ def answers_of(request: argparse.Namespace, task: Task, records: Sequence[Record
     tokenizer = load_tokenizer(source)
     layout = Layout(global_batch_size=start.world_size_from_environment())
     platform = platforms.choose()
-    grid = start.start(platform, layout, request.seed)
-    try:
+    with start.world(platform, layout, request.seed) as grid:
         engine = TransformersEngine(source.path, grid, torch.float32 if platform.device.type == "cpu" else torch.bfloat16)
         if source.is_megatron:
             model = load_stage(source, layout, platform, grid)
             engine.refresh(stream.full_tensors(model.named_shards(), source.mappings, grid), 0)
         sampling = Sampling(request.temperature, 1.0, 0, request.max_completion_length, eos_ids(source.path))
         answers = answer(task, records, tokenizer, engine, sampling, grid, seed=request.seed)
-    finally:
-        start.stop()
     return [dataclasses.asdict(one) for one in answers]

@@ -107,7 +107,7 @@ def stack_over(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if x.numel() == 0:  # nothing to send; the shape is known without asking
         return x.new_empty((size, *x.shape))
     result = x.new_empty(size * x.numel())
-    dist.all_gather_into_tensor(result, x.view(-1), group=group)
+    _renamed("all_gather_single", "all_gather_into_tensor")(result, x.view(-1), group=group)
     return result.view(size, *x.shape)
 
 
@@ -125,6 +125,11 @@ def concat_over(x: Tensor, group: ProcessGroup | None) -> Tensor:
     padded = x.new_zeros(max(counts))
     padded[: x.numel()] = x
     return torch.cat([row[:count] for row, count in zip(stack_over(padded, group), counts, strict=True)])
+
+
+def _renamed(new: str, old: str) -> Any:
+    """A collective that torch 2.13 renamed: the old name warns there, the new one does not exist before."""
+    return getattr(dist, new, None) or getattr(dist, old)
 
 
 class _SumOver(torch.autograd.Function):
@@ -166,7 +171,7 @@ class _GatherRows(torch.autograd.Function):
         rows = grad.shape[0] // group_size(ctx.group)
         mine = grad.new_empty((rows, *grad.shape[1:]))
         if mine.numel():
-            dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group)
+            _renamed("reduce_scatter_single", "reduce_scatter_tensor")(mine, grad.contiguous(), group=ctx.group)
         return mine, None
 
 

@@ -99,7 +99,9 @@ class Rows:
                 scores = self.scores(rows)
                 peak = scores.amax(-1)
                 result[0, rows] = peak
-                result[1, rows] = (scores - finite_or_zero(peak)[:, None]).exp_().sum(-1)
+                # -inf - -inf would be nan; such a row has no probability in this shard.
+                shift = peak.masked_fill(peak == -torch.inf, 0)
+                result[1, rows] = (scores - shift[:, None]).exp_().sum(-1)
         return result
 
     def log_probs(self, rows: slice, normalizer: Tensor) -> Tensor:
@@ -129,15 +131,10 @@ class Rows:
         return grad
 
 
-def finite_or_zero(x: Tensor) -> Tensor:
-    """-inf becomes 0: the shift of an empty or impossible row, where -inf - -inf would be nan."""
-    return x.masked_fill(x == -torch.inf, 0)
-
-
 def combine_softmax(stacked: Tensor) -> Tensor:
     """(m, log s) [2, N] of the whole vocabulary from the (m_r, s_r) of each rank, [ranks, 2, N] in rank order."""
     peak = stacked[:, 0].amax(0)
-    scale = (stacked[:, 0] - finite_or_zero(peak)).exp_()
+    scale = (stacked[:, 0] - peak).exp_()  # 0 for a shard without any probability
     return torch.stack([peak, (stacked[:, 1] * scale).sum(0).log_()])
 
 

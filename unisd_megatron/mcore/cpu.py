@@ -2,7 +2,7 @@
 
 The one set of monkeypatches of the project. `install()` does nothing where CUDA is available, so production code paths
 never see it. Measured on megatron-core 0.16.1; each patch names the megatron-core code that needs it, and can go
-when that code asks a device instead of assuming CUDA. Import order: `install()` runs before `megatron.core` is imported.
+when that code asks a device instead of assuming CUDA.
 
 Random streams: the CPU generator plays both roles, so dropout differs from a GPU run (models here use none).
 """

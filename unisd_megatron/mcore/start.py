@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,13 +18,20 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def world_size_from_environment() -> int:
-    """Processes that torchrun started; 1 without it."""
+    """Processes of this world: of the running process group, else those that torchrun started; 1 without it."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(platform: Platform, layout: Layout, seed: int) -> Grid:
-    """Creates the process groups of the layout and this process's `Grid`. Collective over all ranks."""
-    if not dist.is_initialized():
+@contextlib.contextmanager
+def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
+    """The process groups of the layout and this process's `Grid`, taken down at the end. Collective over all ranks.
+
+    A process group that is running already is used, and left running.
+    """
+    ours = not dist.is_initialized()
+    if ours:
         if platform.backend == "nccl":
             torch.cuda.set_device(platform.device)
         if "MASTER_ADDR" in os.environ:
@@ -31,7 +40,11 @@ def start(platform: Platform, layout: Layout, seed: int) -> Grid:
             dist.init_process_group(
                 _backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
             )
-    return make_grid(platform, layout, seed)
+    try:
+        yield make_grid(platform, layout, seed)
+    finally:
+        if ours:
+            dist.destroy_process_group()
 
 
 def _backends(platform: Platform) -> str:
@@ -66,9 +79,3 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         device=platform.device,
         sequence_parallel=layout.sequence_parallel,
     )
-
-
-def stop() -> None:
-    """Takes the process groups down."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from unisd_megatron.batch import STUDENT
 from unisd_megatron.config import Run
 from unisd_megatron.errors import CheckpointError
 from unisd_megatron.evaluate.run import accuracy, answer
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
+from unisd_megatron.rollout.engine import sequence_seed
 from unisd_megatron.rollout.replay import rollout_file
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
@@ -34,19 +37,11 @@ def train(run: Run) -> None:
     world_size = start.world_size_from_environment()
     prepared = prepare(run, world_size)
     output, resume = _check_output(run)
-    grid = start.start(platform, run.layout, run.schedule.seed)
-    try:
+    with start.world(platform, run.layout, run.schedule.seed) as grid:
         parts = assemble(run, prepared, platform, grid)
         first = checkpoint.restore(resume, parts.learner) if resume is not None else 0
-        leads = grid.world.rank == 0
         dist.barrier()
-        if leads:
-            output.mkdir(parents=True, exist_ok=True)
-            write_run_file(run, output, _versions(platform.reason))
-        journal = Journal(output, first, prepared.max_steps) if leads else None
-        if journal is not None:
-            for line in [platform.reason, *prepared.notes, *([f"resumed from {resume}"] if resume else [])]:
-                journal.say(line)
+        journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
         try:
             _steps(parts, prepared, first, output, journal)
         finally:
@@ -54,8 +49,16 @@ def train(run: Run) -> None:
                 journal.close()
         if run.schedule.export_hf:
             _export(parts, prepared, output)
-    finally:
-        start.stop()
+
+
+def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platform: str, resume: Path | None) -> Journal:
+    """Creates the run's folder; from here on something is written. Rank 0 only."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_run_file(run, output, _versions(platform))
+    journal = Journal(output, first, prepared.max_steps)
+    for line in [platform, *prepared.notes, *([f"resumed from {resume}, step {first}"] if resume else [])]:
+        journal.say(line)
+    return journal
 
 
 def _check_output(run: Run) -> tuple[Path, Path | None]:
@@ -108,9 +111,6 @@ def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, j
 
 def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> None:
     """Writes the completions of a step over all replicas, for `--rollout replay`. Collective over the data axis."""
-    from unisd_megatron.batch import STUDENT
-    from unisd_megatron.rollout.engine import sequence_seed
-
     grid = parts.learner.grid
     rows = [
         {
@@ -139,8 +139,6 @@ def _export(parts: Parts, prepared: Prepared, output: Path) -> None:
     tensors = stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid)
     if grid.world.rank == 0:
         if target.exists():
-            import shutil
-
             shutil.rmtree(target)  # of an earlier end of this same run
         save_folder(target, prepared.source.path, tensors, dtype=parts.learner.student.model.config.params_dtype)
     else:

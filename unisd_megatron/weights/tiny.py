@@ -29,7 +29,7 @@ def tiny_model(family: str, seed: int) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
     return model

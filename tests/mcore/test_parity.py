@@ -1,0 +1,129 @@
+"""Loss and gradient of every mode under real Megatron layouts equal one process; and the check catches what it is there for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from world import World
+
+from unisd_megatron.config import Layout
+from unisd_megatron.mcore import platform as platforms
+from unisd_megatron.mcore import schedule, start
+from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error
+
+LAYOUTS = {
+    "tp2 pp2": Layout(2, 2, global_batch_size=8),
+    "tp2 pp2 sp, micro-batches of 2, recompute": Layout(2, 2, True, 2, 8, recompute_granularity="full"),
+    "tp4": Layout(4, 1, global_batch_size=8),
+    "tp2 dp2 sp": Layout(2, 1, True, 2, 8),
+    "pp2 dp2": Layout(1, 2, global_batch_size=8),
+    "dp4": Layout(1, 1, global_batch_size=8),
+}
+
+
+def on_rig(rank: int, group: Any, layout: Layout, work: Callable[..., Any], *args: Any) -> Any:
+    """Runs `work(rig, *args)` on every rank."""
+    platform = platforms.choose()
+    with start.world(platform, layout, 1) as grid:
+        family = args[0] if args and args[0] in ("qwen2", "llama") else "qwen2"
+        return work(Rig(layout, platform, grid, family, "fused"), *args)
+
+
+def all_cases(rig: Rig, *_: Any) -> list[Any]:
+    return compare(rig)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_mode_equals_one_process(world: World, name: str) -> None:
+    results = world.run(4, on_rig, LAYOUTS[name], all_cases, timeout_s=240)[0]
+    assert len(results) >= 20
+    assert [case for case in results if not case.holds] == []
+
+
+def test_llama_untied_scaled_rope(world: World) -> None:
+    results = world.run(4, on_rig, LAYOUTS["tp2 pp2"], all_cases, "llama", timeout_s=240)[0]
+    assert [case for case in results if not case.holds] == []
+
+
+def materialized(rig: Rig) -> float:
+    """Worst difference between the two ways of reading the vocabulary, loss and gradients."""
+    worst = 0.0
+    for (_, fused), (_, plain) in zip(cases("fused"), cases("materialized"), strict=True):
+        loss, gradients = rig.gradients(fused, rig.samples)
+        other_loss, others = rig.gradients(plain, rig.samples)
+        scale = torch.stack([g.norm() for g in others.values()]).norm()
+        worst = max(worst, abs(loss - other_loss), *(float((gradients[n] - others[n]).norm() / scale) for n in gradients))
+    return worst
+
+
+def test_fused_and_materialized_paths_agree(world: World) -> None:
+    assert max(world.run(4, on_rig, LAYOUTS["tp2 pp2 sp, micro-batches of 2, recompute"], materialized, timeout_s=240)) < 1e-6
+
+
+# Negative controls: each sabotage is a mistake that a shipped system has made. The loss may stay exact; the check must fail.
+
+
+def missing_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "enter_shards", lambda rows, group: rows)
+
+
+def doubled_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = schedule.gather_rows
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+            ctx.group = group
+            return rows.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=ctx.group)
+            return gradient, None
+
+    monkeypatch.setattr(schedule, "gather_rows", lambda rows, group: Doubled.apply(gather(rows, group), group))
+
+
+def zero_padded_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unisd_megatron.train import step
+
+    for name in ("compare", "sampled_log_probs"):
+        honest = getattr(step, name)
+        monkeypatch.setattr(
+            step, name, functools.partial(lambda honest, *a, **k: honest(*a, **{**k, "vocab_size": None}), honest)
+        )
+
+
+def sabotaged(rig: Rig, sabotage: Callable[[pytest.MonkeyPatch], None]) -> tuple[float, float, float] | None:
+    """`(honest gradient error, sabotaged loss error, sabotaged gradient error)` of mode vanilla, on rank 0."""
+    _, settings = next(iter(cases("fused")))
+    honest = rig.gradients(settings, rig.samples)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sabotage(monkeypatch)
+        loss, gradients = rig.gradients(settings, rig.samples)
+    if rig.grid.world.rank != 0:
+        return None
+    expected_loss, expected = rig.expected(settings)
+    return gradient_error(honest[1], expected), abs(loss / expected_loss - 1), gradient_error(gradients, expected)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "layout", "loss_stays_exact"),
+    [
+        (missing_all_reduce, Layout(2, 1, global_batch_size=8), True),
+        (doubled_reduction, Layout(2, 1, True, global_batch_size=8), True),
+        (zero_padded_vocabulary, Layout(2, 1, global_batch_size=8), False),
+    ],
+)
+def test_the_check_catches(world: World, sabotage: Callable[..., None], layout: Layout, loss_stays_exact: bool) -> None:
+    honest, loss_error, gradient = world.run(2, on_rig, layout, sabotaged, sabotage, timeout_s=120)[0]
+    assert honest <= TOLERANCE
+    assert gradient > 100 * TOLERANCE
+    assert (loss_error <= TOLERANCE) == loss_stays_exact

@@ -1,0 +1,98 @@
+"""Which room may import which: enforced, so that the parts stay visible from the folder list."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "unisd_megatron"
+
+# Floor by floor, what each room may import of the others. The ground is open to all.
+GROUND = {"errors", "config", "modes", "batch", "grid", "exchange", "__init__"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "losses": set(),
+    "mechanisms": {"losses"},
+    "data": set(),
+    "families": set(),
+    "mcore": {"losses", "mechanisms", "families"},
+    "weights": {"families"},
+    "rollout": set(),
+    "convert": {"families", "mcore", "weights"},
+    "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
+    "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
+    "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
+    "cli": {"data", "convert", "evaluate", "mcore", "parity", "train", "weights"},
+    "__main__": {"cli"},
+}
+# The door of each heavy dependency.
+ONLY_IN = {
+    "megatron": ("mcore/",),
+    "transformer_engine": ("mcore/",),
+    "vllm": ("rollout/",),
+    "argparse": ("cli/", "evaluate/model.py"),
+    "datasets": ("data/task.py",),
+    "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py"),
+}
+FLOORS_WITHOUT_MEGATRON = ["config", "modes", "batch", "errors", "losses", "mechanisms.objective", "data", "families", "cli.parser"]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """`(line, module)` of every import of a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.lineno, node.module
+            if node.module == "unisd_megatron":
+                yield from ((node.lineno, f"unisd_megatron.{alias.name}") for alias in node.names)
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_rooms_import_only_what_lies_below() -> None:
+    wrong = []
+    for path in files():
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        allowed = GROUND | {room} | MAY_IMPORT.get(room, set())
+        for line, module in imports(path):
+            parts = module.split(".")
+            if parts[0] == "unisd_megatron" and len(parts) > 1 and parts[1] not in allowed and parts[1] != "__version__":
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_is_listed() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in files()}
+    assert rooms == GROUND | MAY_IMPORT.keys()
+
+
+def test_heavy_dependencies_have_one_door() -> None:
+    wrong = []
+    for path in files():
+        relative = str(path.relative_to(PACKAGE))
+        for line, module in imports(path):
+            doors = ONLY_IN.get(module.split(".")[0])
+            if doors and not relative.startswith(doors):
+                wrong.append(f"{relative}:{line} imports {module}; its door is {' or '.join(doors)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", FLOORS_WITHOUT_MEGATRON)
+def test_lower_floors_load_no_megatron(module: str) -> None:
+    light = module in ("config", "modes", "batch", "errors", "cli.parser")
+    absent = ["megatron", "vllm", "transformer_engine", "transformers"] + (["torch"] if light else [])
+    code = f"import sys, unisd_megatron.{module}; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_files_stay_readable_in_one_sitting() -> None:
+    long = {str(p.relative_to(PACKAGE)): n for p in files() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long

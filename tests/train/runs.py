@@ -1,0 +1,58 @@
+"""Small real training runs for the tests, in the worker pool: the product's own `train`, a tiny model, real layouts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World
+
+from unisd_megatron.config import resolve
+from unisd_megatron.train.loop import train
+from unisd_megatron.train.metrics import read_metrics
+from unisd_megatron.weights.tiny import write_tiny
+
+DATA = Path(os.environ.get("UNISD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+_TINY = tempfile.TemporaryDirectory(prefix="unisd-tiny-")
+TINY = Path(_TINY.name) / "tiny"  # four layers, written by the first run of the session
+
+QUICK: dict[str, Any] = {
+    "dataset": "addition",
+    "model_name": str(TINY),
+    "num_train_examples": 64,
+    "global_batch_size": 8,
+    "max_completion_length": 16,
+    "learning_rate": 1e-3,
+    "export_hf": False,
+}
+STAR: dict[str, Any] = {"mode": "unisd_star", "num_auxiliary_contexts": 2, "fewshot_method": "random", "ref_model_sync_steps": 2}
+
+
+def data_file(name: str) -> str:
+    """A benchmark file, or a skip with the reason."""
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here; set UNISD_DATA to the folder that holds it")
+    return str(path)
+
+
+def one_run(rank: int, group: Any, flags: dict[str, Any]) -> None:
+    """On every rank of the pool."""
+    train(resolve(flags, {}))
+
+
+def run(world: World, size: int, output: Path, **flags: Any) -> list[dict[str, Any]]:
+    """Trains on `size` ranks and returns the recorded metrics."""
+    if not TINY.exists():
+        write_tiny("qwen2", TINY, seed=0)
+    world.run(size, one_run, {**QUICK, **flags, "output_dir": str(output)}, timeout_s=200)
+    return read_metrics(output)
+
+
+def curve(metrics: list[dict[str, Any]], *names: str) -> list[list[float]]:
+    """Loss and gradient norm (and what else is named) of each step."""
+    return [[row[name] for name in ("loss", "grad_norm", *names)] for row in metrics]

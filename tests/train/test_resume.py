@@ -1,0 +1,86 @@
+"""A resumed run is the same run: bit for bit on the same layout, to rounding on another; and nothing incomplete is picked up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import STAR, curve, run
+from world import World
+
+from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.train import checkpoint
+
+LAYOUT = {"pipeline_model_parallel_size": 2}
+KEEP = {"save_steps": 3, "save_total_limit": 0, "token_clip_quantile": 0.9}
+
+
+@pytest.fixture(scope="module")
+def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    run(world, 2, output, **STAR, **LAYOUT, **KEEP, max_steps=6)
+    return output
+
+
+def broken_at_three(unbroken: Path, output: Path) -> Path:
+    """The folder as it was when the run was killed in its fourth step, a half-written checkpoint included."""
+    shutil.copytree(unbroken, output)
+    (output / "checkpoints" / "step_000006").rename(output / "checkpoints" / "step_000006.partial")
+    with (output / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "loss": 0.1')  # the kill cut a line short
+    return output
+
+
+def test_same_layout_bit_for_bit(world: World, unbroken: Path, tmp_path: Path) -> None:
+    output = broken_at_three(unbroken, tmp_path / "run")
+    metrics = run(world, 2, output, **STAR, **LAYOUT, **KEEP, max_steps=6, resume_from_checkpoint="latest")
+    assert [row["step"] for row in metrics] == list(range(6))
+    expected = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert curve(metrics, "clip/next_ceiling", "entropy") == curve(expected, "clip/next_ceiling", "entropy")
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(1, {}), (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2})],
+)
+def test_another_layout(world: World, unbroken: Path, tmp_path: Path, size: int, layout: dict[str, Any]) -> None:
+    output = broken_at_three(unbroken, tmp_path / "run")
+    replay = {"rollout": "replay", "replay_path": str(unbroken / "rollouts")}
+    metrics = run(world, size, output, **STAR, **layout, **KEEP, **replay, max_steps=6, resume_from_checkpoint="latest")
+    expected = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    for found, wanted in zip(curve(metrics), curve(expected), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_distributed_optimizer_resumes_under_another_data_parallel_size(world: World, tmp_path: Path) -> None:
+    sharded = {"use_distributed_optimizer": True, "tensor_model_parallel_size": 2}
+    run(world, 4, tmp_path / "run", **STAR, **sharded, **KEEP, max_steps=6)
+    expected = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    replay = {"rollout": "replay", "replay_path": str(tmp_path / "run" / "rollouts")}
+    for size in (4, 2):
+        output = broken_at_three(tmp_path / "run", tmp_path / f"resumed{size}")
+        metrics = run(world, size, output, **STAR, **sharded, **KEEP, **replay, max_steps=6, resume_from_checkpoint="latest")
+        for found, wanted in zip(curve(metrics), curve(expected), strict=True):
+            assert found == pytest.approx(wanted, rel=1e-4), size
+
+
+def test_half_written_and_foreign_checkpoints_are_refused(world: World, unbroken: Path, tmp_path: Path) -> None:
+    output = broken_at_three(unbroken, tmp_path / "run")
+    partial = output / "checkpoints" / "step_000006.partial"
+    with pytest.raises(CheckpointError, match="half-written"):
+        checkpoint.find(output, str(partial))
+    (output / "checkpoints" / "step_000003" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="state.json is missing"):
+        checkpoint.find(output, "latest")
+    with pytest.raises(ConfigError, match="--seed 42; this run has 7"):
+        run(world, 1, unbroken, **STAR, **KEEP, max_steps=6, seed=7, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(world, 1, unbroken, **STAR, **KEEP, max_steps=6)
+
+
+def test_old_checkpoints_go_and_the_newest_stays(world: World, tmp_path: Path) -> None:
+    run(world, 1, tmp_path / "run", mode="vanilla", save_steps=1, save_total_limit=2, max_steps=4)
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step_000003", "step_000004"]
