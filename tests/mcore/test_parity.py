@@ -15,7 +15,7 @@ from world import World
 from unisd_megatron.config import Layout
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
-from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error
+from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error, total_norm
 
 LAYOUTS = {
     "tp2 pp2": Layout(2, 2, global_batch_size=8),
@@ -55,9 +55,9 @@ def materialized(rig: Rig) -> float:
     """Worst difference between the two ways of reading the vocabulary, loss and gradients."""
     worst = 0.0
     for (_, fused), (_, plain) in zip(cases("fused"), cases("materialized"), strict=True):
-        loss, gradients = rig.gradients(fused, rig.samples)
-        other_loss, others = rig.gradients(plain, rig.samples)
-        scale = torch.stack([g.norm() for g in others.values()]).norm()
+        loss, gradients, _ = rig.gradients(fused, rig.samples)
+        other_loss, others, _ = rig.gradients(plain, rig.samples)
+        scale = total_norm(others)
         worst = max(worst, abs(loss - other_loss), *(float((gradients[n] - others[n]).norm() / scale) for n in gradients))
     return worst
 
@@ -107,11 +107,31 @@ def sabotaged(rig: Rig, sabotage: Callable[[pytest.MonkeyPatch], None]) -> tuple
     honest = rig.gradients(settings, rig.samples)
     with pytest.MonkeyPatch.context() as monkeypatch:
         sabotage(monkeypatch)
-        loss, gradients = rig.gradients(settings, rig.samples)
+        loss, gradients, _ = rig.gradients(settings, rig.samples)
     if rig.grid.world.rank != 0:
         return None
     expected_loss, expected = rig.expected(settings)
     return gradient_error(honest[1], expected), abs(loss / expected_loss - 1), gradient_error(gradients, expected)
+
+
+def unmarked_shards(rig: Rig) -> tuple[float, float] | None:
+    """`(honest, sabotaged)` relative error of the gradient norm, on rank 0; loss and gradients are exact in both."""
+    _, settings = next(iter(cases("fused")))
+    _, _, honest = rig.gradients(settings, rig.samples)
+    for _, parameter in rig.student.model.named_shards():
+        if hasattr(parameter, "tensor_model_parallel"):
+            del parameter.tensor_model_parallel
+    _, _, norm = rig.gradients(settings, rig.samples)
+    if rig.grid.world.rank != 0:
+        return None
+    expected = float(total_norm(rig.expected(settings)[1]))
+    return abs(honest / expected - 1), abs(norm / expected - 1)
+
+
+def test_the_check_catches_a_norm_that_misses_shards(world: World) -> None:
+    honest, norm_error = world.run(2, on_rig, Layout(2, 1, global_batch_size=8), unmarked_shards)[0]
+    assert honest <= TOLERANCE
+    assert norm_error > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,11 @@ def parity_layout(request: argparse.Namespace) -> int:
     with start.world(platform, layout, seed=1) as grid:
         data = layout.data_parallel_size(world)
         say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, SP {layout.sequence_parallel}")
-        say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15}")
+        say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15} {'norm error':>12}")
 
         def line(case: Case) -> None:
             verdict = "" if case.holds else "  FAILS"
-            say(f"{case.name:32} {case.loss:12.6f} {case.loss_error:12.2e} {case.gradient_error:15.2e}{verdict}")
+            say(f"{case.name:32} {case.loss:12.6f} {case.loss_error:12.2e} {case.gradient_error:15.2e} {case.norm_error:12.2e}{verdict}")
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
     failed = [case.name for case in results if not case.holds]

@@ -35,11 +35,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _subcommand_words(arguments: Sequence[str]) -> list[str]:
-    """`parity FLAGS` is the layout check; `parity golden FILE` is another subcommand of the same name."""
-    words = list(arguments)
+    """Flags in one spelling; `parity FLAGS` is the layout check, `parity golden FILE` another subcommand of that name."""
+    words = [_underscored(word) for word in arguments]
     if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["-h"], ["--help"]):
         words.insert(1, "layout")
     return words
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def flag(parser: Any, name: str, *more: str, **options: Any) -> None:

@@ -57,7 +57,7 @@ class HiddenStateModel(GPTModel):
 
 
 def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> HiddenStateModel:
-    """This rank's stage of the model, uninitialised weights included, on the platform's device. Collective."""
+    """This rank's stage of the model, with random weights, on the platform's device. Collective."""
     config = transformer_config(arch, layout, platform)
     model = HiddenStateModel(
         config,
@@ -117,7 +117,9 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths, experts or none
         use_cpu_initialization=not on_gpu,
-        perform_initialization=False,
+        # Not to be skipped though every weight is loaded: it marks the shards as such, and without the marks Megatron
+        # counts only rank 0's shards in the gradient norm (silently wrong clipping at TP > 1).
+        perform_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu,

@@ -59,6 +59,11 @@ class Student:
         _, norm, _ = self.optimizer.step()
         return float(norm or 0.0), float(rate)
 
+    def gradient_norm(self) -> float:
+        """The global norm that clipping uses, over all parameters of all ranks. Collective over the replica."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's reduced gradients by canonical name, fp32 (without the distributed optimizer)."""
         for name, parameter in self.model.named_shards():

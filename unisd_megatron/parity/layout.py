@@ -48,6 +48,7 @@ class Case:
     loss: float
     loss_error: float  # relative
     gradient_error: float  # relative, worst tensor; see `gradient_error`
+    norm_error: float  # relative, of the global gradient norm that clipping uses
     holds: bool
 
 
@@ -84,8 +85,10 @@ class Rig:
     def _load(self, model: HiddenStateModel, reference: torch.nn.Module) -> None:
         stream.load(model.named_shards(), self.mappings, InMemory(reference), self.grid.tensor)  # type: ignore[arg-type]
 
-    def gradients(self, settings: LossSettings, samples: list[Sample], teacher: Teacher | None = None) -> tuple[float, dict[str, Tensor]]:
-        """Loss and full gradients by Hugging Face name, on every rank. Collective."""
+    def gradients(
+        self, settings: LossSettings, samples: list[Sample], teacher: Teacher | None = None
+    ) -> tuple[float, dict[str, Tensor], float]:
+        """Loss, full gradients by Hugging Face name, and the norm that clipping would use, on every rank. Collective."""
         mine = samples[self.grid.data.rank :: self.grid.data.size]
         batches = micro_batches(
             mine,
@@ -97,7 +100,8 @@ class Rig:
         )
         learner = Learner(self.student, teacher or self.teacher, Objective(settings, self.grid.data), self.arch, self.grid)
         tally = gather_tally(compute_gradients(learner, batches), self.grid)
-        return tally.read()["loss"], dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
+        gradients = dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
+        return tally.read()["loss"], gradients, self.student.gradient_norm()
 
     def expected(self, settings: LossSettings) -> tuple[float, dict[str, Tensor]]:
         """The same from the oracle; on rank 0 only."""
@@ -153,7 +157,7 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     Tensors whose gradient vanishes by symmetry (key biases) are measured against 1e-3 of the whole gradient's norm.
     Raises `CheckFailed` if the expected gradient is zero: such a case could not fail.
     """
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    whole = total_norm(expected)
     if not whole > 0:
         raise CheckFailed("parity: the oracle's gradient is zero, so the case compares nothing")
     errors = torch.stack(
@@ -162,17 +166,26 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     return float(errors.max()) if bool(torch.isfinite(errors).all()) else math.inf
 
 
+def total_norm(gradients: dict[str, Tensor]) -> Tensor:
+    """The L2 norm over all tensors, fp64 scalar."""
+    return torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
+
+
 def compare(rig: Rig, say: Callable[[Case], None] = lambda case: None) -> list[Case]:
     """All cases, on every rank. Collective over all ranks."""
     results = []
     for name, settings in cases(rig.path):
-        loss, gradients = rig.gradients(settings, rig.samples)
+        loss, gradients, norm = rig.gradients(settings, rig.samples)
         outcome = None
         if rig.grid.world.rank == 0:
             expected_loss, expected = rig.expected(settings)
-            loss_error = abs(loss - expected_loss) / abs(expected_loss)
-            worst = gradient_error(gradients, expected)
-            outcome = [name, loss, loss_error, worst, max(loss_error, worst) <= TOLERANCE]
+            expected_norm = float(total_norm(expected))
+            errors = [
+                abs(loss - expected_loss) / abs(expected_loss),
+                gradient_error(gradients, expected),
+                abs(norm - expected_norm) / expected_norm,
+            ]
+            outcome = [name, loss, *errors, all(error <= TOLERANCE for error in errors)]
         results.append(Case(*broadcast_json(outcome, 0, rig.grid.world)))
         say(results[-1])
     for alpha in (0.0, 0.3, 1.0):
@@ -185,6 +198,7 @@ def _same_model(rig: Rig, alpha: float) -> Case:
     """Student and teacher are one model reading one prompt: loss and gradient must vanish."""
     settings = dataclasses.replace(_settings("vanilla", rig.path), alpha=alpha)
     same = [Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion) for s in rig.samples]
-    loss, gradients = rig.gradients(settings, same, Teacher(rig.student.model, "live", rig.grid))
-    norm = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
-    return Case(f"student = teacher, alpha {alpha:g}", loss, abs(loss), norm, abs(loss) <= 1e-7 and norm <= 1e-6)
+    loss, gradients, norm = rig.gradients(settings, same, Teacher(rig.student.model, "live", rig.grid))
+    size = float(total_norm(gradients))
+    holds = abs(loss) <= 1e-7 and size <= 1e-6 and norm <= 1e-6
+    return Case(f"student = teacher, alpha {alpha:g}", loss, abs(loss), size, norm, holds)

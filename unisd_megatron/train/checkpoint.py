@@ -38,8 +38,9 @@ def find(output_dir: Path, asked: str) -> Path:
         found = complete(output_dir)
         if not found:
             raise CheckpointError(f"{output_dir}: no complete checkpoint to resume from")
-        return found[-1]
-    path = Path(asked)
+        path = found[-1]
+    else:
+        path = Path(asked)
     if path.name.endswith(".partial"):
         raise CheckpointError(f"{path}: half-written checkpoint; use `latest` or a folder without .partial")
     read_state(path)
