@@ -108,10 +108,15 @@ class Addition(Task):
     def reference(self, record: Record) -> str:
         return careful_solution(*_operands(record))
 
-    def corrupt(self, record: Record, rng: random.Random) -> str | None:
-        """The careless solution; None where nothing is carried between columns, so that it would be right."""
+    def corrupt(self, record: Record, rng: random.Random) -> str:
+        """The careless solution; where nothing is carried, so that it would be right, one column is wrong by one."""
         careless = careless_solution(*_operands(record))
-        return None if careless == self.reference(record) else careless
+        if careless != self.reference(record):
+            return careless
+        a, b = _operands(record)
+        place = rng.choice((1, 10, 100))
+        mistaken = (a // place % 10, b // place % 10)
+        return careful_solution(a, b, lambda x, y: x + y + ((x, y) == mistaken))
 
     def is_correct(self, record: Record, completion: str) -> bool:
         """Whether the completion ends in `#` and the sum; whether it ended at all is judged where EOS is seen."""
