@@ -2,7 +2,7 @@
 
 A field's name is its flag (`--like_this` or `--like-this`); its metadata carries the help text. Values are resolved
 by `resolve`: dataclass default < mode row (`modes.MODES`) < `--config` file < command line, and the origin of each is
-kept. `Run.validate` sees contradictions before any process group exists.
+kept. `validation.validate` sees contradictions before any process group exists.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Data:
 
     dataset: str | None = setting(None, "task to train on: addition, gsm8k, mbpp")
     data_path: str | None = setting(None, "read the data set from this JSON or JSONL file (or .gz) instead of the hub")
-    fewshot_method: Literal["random", "retrieval", "induction"] | None = setting(None, "how donors of auxiliary contexts are chosen")
+    fewshot_method: Literal["random", "retrieval", "induction"] | None = setting(
+        None, "how donors of auxiliary contexts are chosen"
+    )
     num_auxiliary_contexts: int = setting(0, "K, auxiliary contexts per example")
     demo_k: int = setting(1, "solved examples in each auxiliary context")
     max_prompt_length: int = setting(1024, "tokens; an example with a longer prompt in any view is dropped and counted")
@@ -108,7 +110,9 @@ class Rollout:
 class Objective:
     """The loss (paper sections 2.1-2.3); what each mode switches on is in `modes.MODES`."""
 
-    alpha: float = setting(0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher")
+    alpha: float = setting(
+        0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher"
+    )
     token_clip: float | None = setting(None, "ceiling of a token's divergence, nats")
     token_clip_quantile: float | None = setting(None, "ceiling as a quantile of the previous step's divergences")
     gamma_agreement: float | None = setting(None, "strength of the agreement weights")
@@ -117,7 +121,9 @@ class Objective:
     contrastive_margin: float | None = setting(None, "margin of the contrast, nats (0.5)")
     final_layer_distill_weight: float | None = setting(None, "weight of final-layer feature matching")
     loss_path: Literal["fused", "materialized"] = setting("fused", "walk the vocabulary in chunks, or hold all logits")
-    semantics: Literal["corrected", "released"] = setting("corrected", "what the names promise, or what the authors' code computes")
+    semantics: Literal["corrected", "released"] = setting(
+        "corrected", "what the names promise, or what the authors' code computes"
+    )
 
 
 @dataclass(frozen=True)
@@ -202,13 +208,6 @@ class Run:
             values |= dataclasses.asdict(getattr(self, group))
         return values
 
-    def validate(self, world_size: int) -> None:
-        """Raises `ConfigError` for anything that can be known to be wrong before a process group exists."""
-        self.layout.validate(world_size)
-        _validate_objective(self)
-        _validate_needs(self)
-        _validate_ranges(self)
-
 
 GROUPS: dict[str, type] = {
     "layout": Layout,
@@ -223,7 +222,16 @@ GROUPS: dict[str, type] = {
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16"}
     | {"output_dir", "save_steps", "save_total_limit", "eval_steps", "eval_examples", "eval_data_path"}
-    | {"resume_from_checkpoint", "export_hf", "save_rollouts", "max_logp_gap", "rollout", "replay_path", "data_path", "loss_path"}
+    | {
+        "resume_from_checkpoint",
+        "export_hf",
+        "save_rollouts",
+        "max_logp_gap",
+        "rollout",
+        "replay_path",
+        "data_path",
+        "loss_path",
+    }
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -266,10 +274,13 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
     if given.get("token_clip_quantile") is not None:
         row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
     values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    origins = {name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")}
+    origins = {
+        name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")
+    }
     for name, (group, item) in known.items():
         source, origin = next(
-            ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s), ({name: item.default}, "default")
+            ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s),
+            ({name: item.default}, "default"),
         )
         values[group][name] = _checked(GROUPS[group], name, source[name], origin if origin != "file" else file_name)
         origins[name] = origin
@@ -311,7 +322,11 @@ def _refuse_idle_flags(run: Run) -> None:
     teacher = run.teacher.teacher
     idle = [
         (run.agreement is None, {"gamma_agreement", "agreement_stat"}, "the agreement modes and unisd_star"),
-        (run.objective.contrastive_weight == 0, {"contrastive_margin"}, "--contrastive_weight, mode contrastive and unisd_star"),
+        (
+            run.objective.contrastive_weight == 0,
+            {"contrastive_margin"},
+            "--contrastive_weight, mode contrastive and unisd_star",
+        ),
         (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
         (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
@@ -326,69 +341,3 @@ def _refuse_idle_flags(run: Run) -> None:
             # A file written by an earlier run states every setting; only a value that differs from the default asks.
             if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
                 raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")
-
-
-def _validate_objective(run: Run) -> None:
-    objective = run.objective
-    if not 0.0 <= objective.alpha <= 1.0:
-        raise ConfigError(f"--alpha is {objective.alpha}; it lies between 0 and 1")
-    if objective.token_clip is not None and objective.token_clip_quantile is not None:
-        raise ConfigError("--token_clip and --token_clip_quantile exclude each other; give one")
-    if objective.token_clip is not None and objective.token_clip <= 0:
-        raise ConfigError(f"--token_clip is {objective.token_clip}; a ceiling must be positive")
-    if objective.token_clip_quantile is not None and not 0.0 < objective.token_clip_quantile < 1.0:
-        raise ConfigError(f"--token_clip_quantile is {objective.token_clip_quantile}; it lies between 0 and 1")
-    if (objective.gamma_agreement or 0.0) < 0:
-        raise ConfigError(f"--gamma_agreement is {objective.gamma_agreement}; it must not be negative")
-    if objective.contrastive_weight < 0 or (objective.final_layer_distill_weight or 0.0) < 0:
-        raise ConfigError("--contrastive_weight and --final_layer_distill_weight must not be negative")
-
-
-def _validate_needs(run: Run) -> None:
-    if run.data.dataset is None:
-        raise ConfigError("--dataset is missing; use addition, gsm8k or mbpp")
-    if run.schedule.output_dir is None:
-        raise ConfigError("--output_dir is missing; give a new folder for the run")
-    method = MODES[run.mode].defaults.get("fewshot_method", run.data.fewshot_method)
-    if run.data.fewshot_method != method:
-        raise ConfigError(f"--mode {run.mode} takes {method} contexts; --fewshot_method {run.data.fewshot_method} contradicts it")
-    if method not in (None, "random"):
-        raise ConfigError(
-            f"{method} contexts need a cache that this version cannot prepare; use a `_random` mode or --fewshot_method random"
-        )
-    if run.agreement is not None and (run.data.num_auxiliary_contexts < 1 or run.data.fewshot_method is None):
-        raise ConfigError(
-            f"--mode {run.mode} weights tokens by the agreement of auxiliary contexts and has none; "
-            "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random"
-        )
-    if run.rollout.rollout == "replay" and run.rollout.replay_path is None:
-        raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
-    if run.teacher.teacher == "ema":
-        steps, beta = run.teacher.ref_model_sync_steps, run.teacher.ref_model_mixup_beta
-        if steps is None or steps < 1 or beta is None or not 0.0 <= beta < 1.0:
-            raise ConfigError(
-                f"the EMA teacher needs --ref_model_sync_steps of at least 1 and --ref_model_mixup_beta in [0, 1); got {steps} and {beta}"
-            )
-
-
-def _validate_ranges(run: Run) -> None:
-    checks = [
-        (run.rollout.temperature > 0, "--temperature must be positive"),
-        (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),
-        (run.rollout.top_k >= 0, "--top_k must not be negative"),
-        (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
-        (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
-        (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),
-        (run.data.demo_k >= 1, "--demo_k must be at least 1"),
-        (run.data.num_train_examples is None or run.data.num_train_examples >= 1, "--num_train_examples must be at least 1"),
-        (run.optimization.learning_rate > 0, "--learning_rate must be positive"),
-        (0 <= run.optimization.warmup_ratio <= 1, "--warmup_ratio lies in [0, 1]"),
-        (run.optimization.max_grad_norm >= 0, "--max_grad_norm must not be negative"),
-        (run.schedule.max_steps is None or run.schedule.max_steps >= 1, "--max_steps must be at least 1"),
-        (run.schedule.num_train_epochs > 0, "--num_train_epochs must be positive"),
-        (min(run.schedule.save_steps, run.schedule.eval_steps, run.schedule.save_total_limit) >= 0, "step counts must not be negative"),
-        (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
-    ]
-    for holds, message in checks:
-        if not holds:
-            raise ConfigError(message)

@@ -74,7 +74,9 @@ def draw(output: Path, curve: list[dict[str, float]]) -> None:
     top.plot([p["step"] for p in curve], [100 * p["accuracy"] for p in curve], marker="o", color="tab:blue")
     top.set(ylabel="held-out accuracy, %", ylim=(0, 100), title="UniSD*, TP=2 on two CPU processes")
     bottom.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="tab:gray", label="loss")
-    bottom.plot([r["step"] for r in rows], [r["divergence/mean"] for r in rows], color="tab:orange", label="KL(teacher || student)")
+    bottom.plot(
+        [r["step"] for r in rows], [r["divergence/mean"] for r in rows], color="tab:orange", label="KL(teacher || student)"
+    )
     bottom.set(xlabel="optimizer step", ylabel="nats per token", ylim=(0, None))
     bottom.legend()
     for axis in (top, bottom):

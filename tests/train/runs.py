@@ -29,7 +29,12 @@ QUICK: dict[str, Any] = {
     "learning_rate": 1e-3,
     "export_hf": False,
 }
-STAR: dict[str, Any] = {"mode": "unisd_star", "num_auxiliary_contexts": 2, "fewshot_method": "random", "ref_model_sync_steps": 2}
+STAR: dict[str, Any] = {
+    "mode": "unisd_star",
+    "num_auxiliary_contexts": 2,
+    "fewshot_method": "random",
+    "ref_model_sync_steps": 2,
+}
 
 
 def data_file(name: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import STAR, curve, data_file, run
 from test_resume import broken_at_three
 from world import World
 
+from runs import STAR, curve, data_file, run
 from unisd_megatron.weights.tiny import write_tiny
 
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import QUICK, STAR, curve, run
 from world import World
 
+from runs import QUICK, STAR, curve, run
 from unisd_megatron.train.metrics import read_metrics
 
 STEPS = 10
@@ -62,6 +62,8 @@ def test_released_semantics_depend_on_the_cutting_and_corrected_do_not(world: Wo
     for semantics in ("released", "corrected"):
         for size in (1, 4):
             output = tmp_path / f"{semantics}{size}"
-            losses[semantics, size] = curve(run(world, 1, output, **STAR, **replay, semantics=semantics, micro_batch_size=size))[0][0]
+            losses[semantics, size] = curve(
+                run(world, 1, output, **STAR, **replay, semantics=semantics, micro_batch_size=size)
+            )[0][0]
     assert losses["corrected", 1] == pytest.approx(losses["corrected", 4], rel=1e-5)
     assert losses["released", 1] != pytest.approx(losses["released", 4], rel=1e-4)

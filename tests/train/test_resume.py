@@ -1,4 +1,4 @@
-"""A resumed run is the same run: bit for bit on the same layout, to rounding on another; and nothing incomplete is picked up."""
+"""A resumed run is the same run: bit for bit on the same layout, to rounding on another; nothing incomplete is picked up."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import STAR, curve, run
 from world import World
 
+from runs import STAR, curve, run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.train import checkpoint
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import QUICK, TINY, one_run
 from world import World
 
+from runs import QUICK, TINY, one_run
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.mechanisms.objective import TokenStats
 from unisd_megatron.rollout.transformers import TransformersEngine

@@ -10,6 +10,7 @@ from typing import Any
 
 from unisd_megatron.config import Layout, resolve
 from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.validation import validate
 
 
 def leads() -> bool:
@@ -24,8 +25,8 @@ def say(text: str) -> None:
 
 def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
     run = resolve(*stated)
-    run.validate(int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
-    _quiet()
+    validate(run, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
+    _prepare_libraries()
     from unisd_megatron.train.loop import train as carry_out
 
     carry_out(run)
@@ -33,7 +34,7 @@ def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
 
 
 def tiny(request: argparse.Namespace) -> int:
-    _quiet()
+    _prepare_libraries()
     from unisd_megatron.weights.tiny import write_tiny
 
     write_tiny(request.family, Path(request.output_dir), request.seed)
@@ -42,7 +43,7 @@ def tiny(request: argparse.Namespace) -> int:
 
 
 def convert_import(request: argparse.Namespace) -> int:
-    _quiet()
+    _prepare_libraries()
     from unisd_megatron.convert.checkpoints import import_folder
 
     layout = Layout(request.tensor_model_parallel_size, request.pipeline_model_parallel_size)
@@ -52,7 +53,7 @@ def convert_import(request: argparse.Namespace) -> int:
 
 
 def convert_export(request: argparse.Namespace) -> int:
-    _quiet()
+    _prepare_libraries()
     from unisd_megatron.convert.checkpoints import export_folder
 
     export_folder(Path(request.model_name), Path(request.output_dir))
@@ -61,7 +62,7 @@ def convert_export(request: argparse.Namespace) -> int:
 
 
 def verify(request: argparse.Namespace) -> int:
-    _quiet()
+    _prepare_libraries()
     from unisd_megatron.convert.checkpoints import LOGITS_TOLERANCE, compare_checkpoints
 
     found = compare_checkpoints(request.model_name, Path(request.against))
@@ -85,7 +86,7 @@ def parity_layout(request: argparse.Namespace) -> int:
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
-    _quiet()
+    _prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
     from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
@@ -98,7 +99,8 @@ def parity_layout(request: argparse.Namespace) -> int:
 
         def line(case: Case) -> None:
             verdict = "" if case.holds else "  FAILS"
-            say(f"{case.name:32} {case.loss:12.6f} {case.loss_error:12.2e} {case.gradient_error:15.2e} {case.norm_error:12.2e}{verdict}")
+            errors = f"{case.loss_error:12.2e} {case.gradient_error:15.2e} {case.norm_error:12.2e}"
+            say(f"{case.name:32} {case.loss:12.6f} {errors}{verdict}")
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
     failed = [case.name for case in results if not case.holds]
@@ -134,24 +136,25 @@ def evaluate(request: argparse.Namespace) -> int:
             {"id": r.id, "completion": task.reference(r), "correct": task.is_correct(r, task.reference(r))} for r in records
         ]
     else:
-        _quiet()
+        _prepare_libraries()
         from unisd_megatron.evaluate.model import answers_of
 
         answers = answers_of(request, task, records)
-    correct = sum(one["correct"] for one in answers)
-    result = {"dataset": task.name, "examples": len(answers), "correct": correct, "accuracy": correct / len(answers)}
+    correct = sum(bool(one["correct"]) for one in answers)
+    accuracy = correct / len(answers)
+    result = {"dataset": task.name, "examples": len(answers), "correct": correct, "accuracy": accuracy}
     if output is not None and leads():
         partial = output.with_name(output.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
         (partial / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
         (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         partial.rename(output)
-    say(f"{task.name}: {100 * result['accuracy']:.1f} % ({correct} of {len(answers)})")
+    say(f"{task.name}: {100 * accuracy:.1f} % ({correct} of {len(answers)})")
     return 0
 
 
-def _quiet() -> None:
-    """Keeps libraries' start-up notices (no Apex, no Transformer Engine, deprecations) off the screen."""
+def _prepare_libraries() -> None:
+    """Checks megatron-core before it is imported, and keeps libraries' start-up notices off the screen."""
     import logging
     import warnings
 
@@ -159,3 +162,6 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    from unisd_megatron.mcore.platform import check_megatron
+
+    check_megatron()

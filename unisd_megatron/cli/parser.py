@@ -63,7 +63,9 @@ def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int
 
 def _add_train(subparsers: Any) -> None:
     parser = _command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
+    )
     parser.add_argument("--mode", default=argparse.SUPPRESS, help=f"one of {', '.join(MODES)} (unisd_star)")
     flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
@@ -82,7 +84,16 @@ def _add_setting(group: Any, cls: type, item: Any) -> None:
         no = f"--no-{item.name.replace('_', '-')}", f"--no_{item.name}"
         group.add_argument(*no, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return
-    flag(group, item.name, *short, type=kind, choices=choices, default=argparse.SUPPRESS, help=help_text, metavar=_metavar(kind, choices))
+    flag(
+        group,
+        item.name,
+        *short,
+        type=kind,
+        choices=choices,
+        default=argparse.SUPPRESS,
+        help=help_text,
+        metavar=_metavar(kind, choices),
+    )
 
 
 def _metavar(kind: type, choices: Sequence[str] | None) -> str | None:
@@ -138,13 +149,17 @@ def _add_convert(subparsers: Any) -> None:
 
 
 def _add_verify(subparsers: Any) -> None:
-    parser = _command(subparsers, "verify", commands.verify, "Compares a Hugging Face checkpoint with another: tensors and logits.")
+    parser = _command(
+        subparsers, "verify", commands.verify, "Compares a Hugging Face checkpoint with another: tensors and logits."
+    )
     flag(parser, "model_name", required=True, help="Hugging Face folder")
     flag(parser, "against", required=True, help="Megatron or Hugging Face folder")
 
 
 def _add_parity(subparsers: Any) -> None:
-    parser = subparsers.add_parser("parity", help="Losses and gradients under a layout against one process; `parity golden FILE`.")
+    parser = subparsers.add_parser(
+        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`."
+    )
     ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden", parser_class=_Parser)
     layout = _command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
@@ -153,7 +168,13 @@ def _add_parity(subparsers: Any) -> None:
     flag(layout, "use_distributed_optimizer", action="store_true", help="shard optimizer state over data-parallel ranks")
     flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
     flag(layout, "family", default="qwen2", choices=["qwen2", "llama"], help="model family of the tiny model (qwen2)")
-    flag(layout, "loss_path", default="fused", choices=["fused", "materialized"], help="how the loss reads the vocabulary (fused)")
+    flag(
+        layout,
+        "loss_path",
+        default="fused",
+        choices=["fused", "materialized"],
+        help="how the loss reads the vocabulary (fused)",
+    )
     golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
     golden.add_argument("file", metavar="FILE", help="golden vectors, JSON")
 

@@ -38,15 +38,13 @@ def _world(layout: Layout) -> Iterator[tuple[platforms.Platform, Grid]]:
 def _layout(source: Source, layout: Layout | None = None) -> Layout:
     """bf16 checkpoints stay bf16; fp16 and fp32 ones are held in fp32, which is exact for both."""
     layout = layout or Layout()
-    return Layout(
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, bf16=source.dtype is torch.bfloat16
-    )
+    return Layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, bf16=source.dtype is torch.bfloat16)
 
 
 def import_folder(model_name: str, target: Path, layout: Layout) -> None:
     """Hugging Face folder -> Megatron distributed checkpoint, complete or not there. Collective over TP x PP processes.
 
-    Run in one process it is written as one shard; it loads at any layout either way. Raises `CheckpointError` if `target` exists.
+    It loads at any layout, however it was written. Raises `CheckpointError` if `target` exists.
     """
     world = start.world_size_from_environment()
     if target.exists():

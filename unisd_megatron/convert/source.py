@@ -66,7 +66,9 @@ def load_tokenizer(source: Source) -> Any:
         raise ConfigError(f"{source.path}: no tokenizer (tokenizer.json or tokenizer.model)")
     tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     if len(tokenizer) > source.arch.vocab_size:
-        raise ConfigError(f"{source.path}: the tokenizer has {len(tokenizer)} entries and the model only {source.arch.vocab_size}")
+        raise ConfigError(
+            f"{source.path}: the tokenizer has {len(tokenizer)} entries and the model only {source.arch.vocab_size}"
+        )
     return tokenizer
 
 

@@ -53,6 +53,7 @@ def encode_examples(tokenizer: Tokenizer, examples: Iterable[Example], max_promp
             kept.append(Prompts(example.id, views))
     if not kept:
         raise DataError(
-            f"all {dropped} examples have a prompt longer than --max_prompt_length {max_prompt_length} (the longest has {longest} tokens)"
+            f"all {dropped} examples have a prompt longer than --max_prompt_length {max_prompt_length} "
+            f"(the longest has {longest} tokens)"
         )
     return kept, dropped

@@ -29,7 +29,9 @@ def answer(
 ) -> list[Answer]:
     """Answers of the model behind `engine`, in the order of `records`, on every rank. Collective over all ranks."""
     mine = range(grid.data.rank, len(records), grid.data.size)
-    requests = [Request(records[i].id, encode_prompt(tokenizer, task.question(records[i])), sequence_seed(seed, 0, i)) for i in mine]
+    requests = [
+        Request(records[i].id, encode_prompt(tokenizer, task.question(records[i])), sequence_seed(seed, 0, i)) for i in mine
+    ]
     completions = engine.generate(requests, sampling)
     said = {}
     for i, completion in zip(mine, completions, strict=True):

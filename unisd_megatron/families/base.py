@@ -69,7 +69,9 @@ class Arch:
         ):
             if count % tensor:
                 fits = [str(t) for t in range(1, count + 1) if count % t == 0][:8]
-                raise ConfigError(f"tensor-parallel {tensor} does not divide the {count} {what} of {name}; use {', '.join(fits)}")
+                raise ConfigError(
+                    f"tensor-parallel {tensor} does not divide the {count} {what} of {name}; use {', '.join(fits)}"
+                )
         if self.num_layers % pipeline:
             fits = [str(p) for p in range(1, self.num_layers + 1) if self.num_layers % p == 0]
             raise ConfigError(
@@ -195,9 +197,7 @@ class Family(ABC):
 def decoder_mappings(arch: Arch) -> list[Mapping]:
     """The weight map shared by Llama-shaped decoders (Llama, Qwen2)."""
     out: list[Mapping] = [
-        Vocabulary(
-            "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), arch.vocab_size, arch.padded_vocab_size
-        )
+        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), arch.vocab_size, arch.padded_vocab_size)
     ]
     for i in range(arch.num_layers):
         to, of = f"decoder.layers.{i}.", f"model.layers.{i}."

@@ -7,6 +7,7 @@ numbers; `materialized` is the readable one and holds `[N, V/t]` logits of stude
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -14,6 +15,12 @@ from torch.distributed import ProcessGroup
 from unisd_megatron.losses.divergence import token_divergence
 from unisd_megatron.losses.fused import FusedDivergence, fused_divergence, fused_log_probs
 from unisd_megatron.losses.vocab import token_entropy, token_log_probs
+
+
+class _Shared(TypedDict):
+    temperature: float
+    vocab_size: int
+    group: ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def compare(
             group=group,
         )
     logits, teacher_logits = student.hidden @ student.head.t(), (teacher.hidden @ teacher.head.t()).detach()
-    shared = {"temperature": temperature, "vocab_size": vocab_size, "group": group}
+    shared = _Shared(temperature=temperature, vocab_size=vocab_size, group=group)
     return FusedDivergence(
         divergence=token_divergence(logits, teacher_logits, alpha=alpha, **shared),
         student_log_probs=token_log_probs(logits, token_ids, **shared),

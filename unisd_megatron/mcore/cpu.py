@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-_FACTORIES = (
-    "empty zeros ones full tensor arange rand randn randint empty_like zeros_like ones_like full_like eye linspace "
-    "as_tensor empty_strided rand_like"
-).split()
+_FACTORIES = """
+    empty zeros ones full tensor arange rand randn randint empty_like zeros_like ones_like full_like eye linspace
+    as_tensor empty_strided rand_like
+"""
 
 _installed = False
 
@@ -64,7 +64,7 @@ def _patch_devices() -> None:
     # `with torch.device(...)` (transformers builds models under "meta") recognises factories by identity, from a cached
     # table: without the originals in it, HF models come out with uninitialised buffers (RoPE frequencies), silently.
     _device_constructors()
-    for name in _FACTORIES:
+    for name in _FACTORIES.split():
         setattr(torch, name, redirected(getattr(torch, name)))
 
 

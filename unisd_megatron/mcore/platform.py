@@ -37,7 +37,9 @@ def choose() -> Platform:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if importlib.util.find_spec("transformer_engine") is not None:
         return Platform(device, "nccl", "transformer_engine", f"CUDA: NCCL, Transformer Engine, megatron-core {version}")
-    return Platform(device, "nccl", "local", f"CUDA without Transformer Engine: NCCL, local layer spec, megatron-core {version}")
+    return Platform(
+        device, "nccl", "local", f"CUDA without Transformer Engine: NCCL, local layer spec, megatron-core {version}"
+    )
 
 
 def check_megatron() -> str:
@@ -51,5 +53,7 @@ def check_megatron() -> str:
         age = "old" if numbers < MEGATRON_MIN else "new"
         raise MissingDependency(f"megatron-core {version} is too {age} for this version; pip install 'megatron-core==0.16.1'")
     if importlib.util.find_spec("psutil") is None:
-        raise MissingDependency("psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil")
+        raise MissingDependency(
+            "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"
+        )
     return version

@@ -35,10 +35,10 @@ def completion_rows(hidden: Tensor, view: View, grid: Grid) -> Tensor:
 
 
 def score(model: torch.nn.Module, views: Sequence[View], listen: Callable[[int, Tensor], Said], grid: Grid) -> list[Said]:
-    """Reads the views without gradient; on the last stage, `listen(i, rows)` of each view in order. Collective over the replica.
+    """Reads the views without gradient; on the last stage, `listen(i, rows)` of each view in order.
 
     Args: listen: called with the view's number and its kept rows `[N, h]`; what it returns is all that is kept.
-    Returns an empty list on other stages.
+    Returns an empty list on other stages. Collective over the replica.
     """
 
     def loss_func(i: int, output: Tensor, non_loss_data: bool = True) -> Said:

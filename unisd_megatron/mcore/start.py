@@ -37,9 +37,7 @@ def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(_backends(platform), timeout=TIMEOUT)
         else:
-            dist.init_process_group(
-                _backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
-            )
+            dist.init_process_group(_backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield make_grid(platform, layout, seed)
     finally:

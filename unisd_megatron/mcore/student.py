@@ -43,7 +43,9 @@ class Student:
         self._scheduler = _scheduler(self.optimizer, optimization, max_steps)
         model.config.grad_scale_func = self.optimizer.scale_loss
         # The loss arrives normalised over the global batch: reduce gradients, divide by nothing.
-        model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **how: finalize_model_grads(chunks, None, **how)
+        model.config.finalize_model_grads_func = lambda chunks, num_tokens=None, **how: finalize_model_grads(
+            chunks, None, **how
+        )
 
     def learn(self, views: Sequence[View], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of `loss(i, rows)` over micro-batches and replicas. Collective over all ranks."""

@@ -61,7 +61,8 @@ class Teacher:
         shards = dict(student.named_shards())
         if not shards or shards.keys() != self.masters.keys():
             raise CheckFailed(
-                f"the EMA teacher matched {len(shards.keys() & self.masters.keys())} of {len(self.masters)} parameters of the student"
+                f"the EMA teacher matched {len(shards.keys() & self.masters.keys())} of its {len(self.masters)} parameters "
+                f"with the {len(shards)} of the student"
             )
         mix_(self.masters.values(), [shards[name].detach() for name in self.masters], self._beta)
         self.refresh()

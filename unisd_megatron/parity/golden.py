@@ -53,7 +53,9 @@ def _reproduce(golden: dict[str, Any], case: dict[str, Any]) -> Reproduction:
         "disagreement": shares.disagreement,
     }
     if settings.contrastive_weight:
-        found["contrastive/loss"] = metrics["loss/contrastive"] / settings.contrastive_weight if "loss/contrastive" in metrics else loss
+        found["contrastive/loss"] = (
+            metrics["loss/contrastive"] / settings.contrastive_weight if "loss/contrastive" in metrics else loss
+        )
     if settings.matching_weight:
         found["final_layer_distill/loss"] = metrics.get("loss/matching", metrics["loss"]) / settings.matching_weight
     return Reproduction(
@@ -80,13 +82,13 @@ def _inputs(golden: dict[str, Any], settings: LossSettings) -> tuple[TokenStats,
 
     ids, mask = torch.tensor(golden["completion_ids"]), torch.tensor(golden["completion_mask"]).bool()
     student, teacher = tensor("student_logits"), tensor("teacher_logits")
-    cool = {"temperature": settings.temperature}
+    cool = settings.temperature
     stats = TokenStats(
-        divergence=token_divergence(student, teacher, alpha=settings.alpha, **cool),
-        student_log_probs=token_log_probs(student, ids, **cool),
-        teacher_log_probs=token_log_probs(teacher, ids, **cool),
-        entropy=token_entropy(student, **cool),
+        divergence=token_divergence(student, teacher, alpha=settings.alpha, temperature=cool),
+        student_log_probs=token_log_probs(student, ids, temperature=cool),
+        teacher_log_probs=token_log_probs(teacher, ids, temperature=cool),
+        entropy=token_entropy(student, temperature=cool),
         feature=feature_distance(tensor("student_hidden"), tensor("teacher_hidden")) if settings.matching_weight else None,
     )
     auxiliary = torch.stack([token_log_probs(view, ids) for view in tensor("aux_teacher_logits")])
-    return stats, Heard(mask, auxiliary, token_log_probs(tensor("bad_teacher_logits"), ids, **cool))
+    return stats, Heard(mask, auxiliary, token_log_probs(tensor("bad_teacher_logits"), ids, temperature=cool))

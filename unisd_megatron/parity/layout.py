@@ -197,7 +197,10 @@ def compare(rig: Rig, say: Callable[[Case], None] = lambda case: None) -> list[C
 def _same_model(rig: Rig, alpha: float) -> Case:
     """Student and teacher are one model reading one prompt: loss and gradient must vanish."""
     settings = dataclasses.replace(_settings("vanilla", rig.path), alpha=alpha)
-    same = [Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion) for s in rig.samples]
+    same = [
+        Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion)
+        for s in rig.samples
+    ]
     loss, gradients, norm = rig.gradients(settings, same, Teacher(rig.student.model, "live", rig.grid))
     size = float(total_norm(gradients))
     holds = abs(loss) <= 1e-7 and size <= 1e-6 and norm <= 1e-6

@@ -31,7 +31,11 @@ def read(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int
 
 
 def step_loss(
-    student: torch.nn.Module, heard: Sequence[Mapping[str, Said]], samples: Sequence[Sample], settings: LossSettings, mask_truncated: bool
+    student: torch.nn.Module,
+    heard: Sequence[Mapping[str, Said]],
+    samples: Sequence[Sample],
+    settings: LossSettings,
+    mask_truncated: bool,
 ) -> Tensor:
     """The corrected loss over all samples of a global batch; a scalar with a gradient to `student`.
 
@@ -82,15 +86,18 @@ def _agreement(
     """Token weights inside each sequence, and weights of the sequences."""
     one = torch.ones((), dtype=torch.float64)
     token_weights = {i: torch.ones(len(ids), dtype=torch.float64) for i, ids in tokens.items()}
-    sequence_weights = {i: one for i in tokens}
+    sequence_weights = dict.fromkeys(tokens, one)
     if settings.agreement is None or settings.gamma <= 0:
         return token_weights, sequence_weights
     views = {
-        i: torch.stack([_log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)]) for i, ids in tokens.items()
+        i: torch.stack([_log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)])
+        for i, ids in tokens.items()
     }
     if settings.agreement == "sequence":
         means = {i: view.mean(1) for i, view in views.items()}
-        spread = {i: m.max() - m.min() if settings.agreement_stat == "range" else m.var(unbiased=False) for i, m in means.items()}
+        spread = {
+            i: m.max() - m.min() if settings.agreement_stat == "range" else m.var(unbiased=False) for i, m in means.items()
+        }
         return token_weights, {i: (-settings.gamma * d).exp().clamp(min=1e-6) for i, d in spread.items()}
     if settings.agreement_stat == "range":
         spreads = {i: view.max(0).values - view.min(0).values for i, view in views.items()}

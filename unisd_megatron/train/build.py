@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from unisd_megatron.rollout.engine import RolloutEngine, Sampling
 from unisd_megatron.rollout.replay import ReplayEngine
 from unisd_megatron.rollout.transformers import TransformersEngine
 from unisd_megatron.train.step import Learner, Parts
+from unisd_megatron.validation import validate
 from unisd_megatron.weights.hf import eos_ids
 
 
@@ -46,7 +47,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
 
     Raises a `RequestError` for whatever is wrong.
     """
-    run.validate(world_size)
+    validate(run, world_size)
     source = open_source(run.model_name, run.layout)
     tokenizer = load_tokenizer(source)
     task = TASKS[run.data.dataset]() if run.data.dataset in TASKS else None
@@ -66,7 +67,11 @@ def prepare(run: Run, world_size: int) -> Prepared:
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
-    max_steps = run.schedule.max_steps or max(1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size))
+    if teacher_kind(run) != run.teacher.teacher:
+        notes.append("released semantics: the EMA teacher stays where it started")
+    max_steps = run.schedule.max_steps or max(
+        1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
+    )
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
 
 
@@ -77,8 +82,7 @@ def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Pa
         return load_stage(prepared.source, run.layout, platform, grid)
 
     model = stage()
-    kind = run.teacher.teacher
-    assert kind is not None
+    kind = teacher_kind(run)
     teacher = Teacher(
         model if kind == "live" else stage(),
         kind,
@@ -100,6 +104,13 @@ def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Pa
         prompts=prepared.prompts,
         mappings=prepared.source.mappings,
     )
+
+
+def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"]:
+    """The teacher a run trains with. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
+    assert run.teacher.teacher is not None
+    released = run.objective.semantics == "released"
+    return "frozen" if released and run.teacher.teacher == "ema" else run.teacher.teacher
 
 
 def _engine(run: Run, prepared: Prepared, grid: Grid) -> RolloutEngine:

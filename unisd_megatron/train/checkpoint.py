@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_000100/shards/     student, teacher and optimizer, any layout (`mcore/store.py`)
     RUN/checkpoints/step_000100/state.json  steps done, clip ceiling, the settings it was written under
+    RUN/checkpoints/step_000100/config.json and the tokenizer, for `evaluate` and `convert export`
 
 A folder is written as `step_000100.partial` and renamed when everything is on disk. Whatever is random derives from
 (seed, purpose, step), so the number of steps done restores data order and sampling.
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from unisd_megatron.config import RESUME_MAY_CHANGE, Run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.train.step import Learner
+from unisd_megatron.weights.hf import copy_companions, resolve_folder
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -79,6 +81,7 @@ def save(learner: Learner, run: Run, steps_done: int) -> Path:
     dist.barrier()
     if leads:
         state = {"steps_done": steps_done, "clip_ceiling": learner.objective.ceiling, "settings": run.flat()}
+        copy_companions(resolve_folder(run.model_name), partial)  # so that it opens like any checkpoint
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         if final.exists():  # the run was resumed from an older checkpoint and has come here again
             replaced = final.with_name(final.name + ".replaced.partial")

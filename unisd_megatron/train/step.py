@@ -165,7 +165,7 @@ def listen_to_teacher(learner: Learner, batches: Sequence[MicroBatch]) -> tuple[
 
 
 def _heard(said: dict[str, Tensor], batch: MicroBatch) -> Heard:
-    auxiliaries = []
+    auxiliaries: list[Tensor] = []
     while auxiliary(len(auxiliaries)) in said:
         auxiliaries.append(scatter(said[auxiliary(len(auxiliaries))], batch.mask))
     return Heard(
@@ -234,8 +234,6 @@ def _count(samples: Sequence[Sample], tally: Tally) -> None:
 def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:
     total = sum(clock.laps.values())
     return {"seconds/step": total, "tokens_per_second": metrics.get("completions/tokens", 0.0) / total}
-
-
 
 
 class _Clock:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from unisd_megatron.errors import CheckpointError, ConfigError
 
-_COMPANIONS = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json "
-    "merges.txt added_tokens.json chat_template.jinja tokenizer.model"
-).split()
+_COMPANIONS = """
+    config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json
+    merges.txt added_tokens.json chat_template.jinja tokenizer.model
+"""
 
 
 class HfFolder:
@@ -41,7 +41,9 @@ class HfFolder:
             with _open(single) as stream:
                 files = dict.fromkeys(stream.keys(), single)
         else:
-            raise CheckpointError(f"{self.path}: no model.safetensors or model.safetensors.index.json (only safetensors are read)")
+            raise CheckpointError(
+                f"{self.path}: no model.safetensors or model.safetensors.index.json (only safetensors are read)"
+            )
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise CheckpointError(f"{file}: the index names this file and it is missing")
@@ -106,13 +108,17 @@ def eos_ids(path: Path) -> tuple[int, ...]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies configuration and tokenizer files, everything that is not weights."""
-    for name in _COMPANIONS:
+    for name in _COMPANIONS.split():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def save_folder(
-    target: Path, source: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, shard_bytes: int = 4 << 30
+    target: Path,
+    source: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 4 << 30,
 ) -> None:
     """Writes a checkpoint folder from a stream of HF-named tensors; tokenizer and configs are copied from `source`.
 
@@ -137,7 +143,8 @@ def save_folder(
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> None:
     pending: dict[str, Tensor] = {}
-    held, total, files = 0, 0, []
+    held, total = 0, 0
+    files: list[tuple[Path, list[str]]] = []
 
     def flush() -> None:
         nonlocal held
@@ -158,7 +165,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     if len(files) == 1:
         os.replace(files[0][0], folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         os.replace(file, folder / final)

@@ -42,7 +42,8 @@ def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], fold
             raise CheckpointError(f"{folder.path}: {', '.join(mapping.hf)}: shapes do not fit config.json ({error})") from error
         if part.shape != shard.shape:
             raise CheckpointError(
-                f"{folder.path}: {', '.join(mapping.hf)} gives a shard of {tuple(part.shape)}; config.json says {tuple(shard.shape)}"
+                f"{folder.path}: {', '.join(mapping.hf)} gives a shard of {tuple(part.shape)}; "
+                f"config.json says {tuple(shard.shape)}"
             )
         shard.copy_(part)
 

@@ -23,7 +23,9 @@ VOCAB_SIZE = 300  # wider than the tokenizer's 258 entries, and not a multiple o
 def tiny_model(family: str, seed: int) -> PreTrainedModel:
     """A random fp32 model of the family, made by `transformers` itself; biases and norms are random too."""
     settings = dict(FAMILIES[family].tiny_config())
-    config = AutoConfig.for_model(settings.pop("model_type"), vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID, **settings)
+    config = AutoConfig.for_model(
+        settings.pop("model_type"), vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID, **settings
+    )
     model = AutoModelForCausalLM.from_config(config).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,87 @@
+"""Contradictions between settings, found before any process group exists. No torch here."""
+
+from __future__ import annotations
+
+from unisd_megatron.config import Run
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.modes import MODES
+
+
+def validate(run: Run, world_size: int) -> None:
+    """Raises `ConfigError` for anything about the settings that is known to be wrong in a world of `world_size` processes."""
+    run.layout.validate(world_size)
+    _validate_objective(run)
+    _validate_needs(run)
+    _validate_ranges(run)
+
+
+def _validate_objective(run: Run) -> None:
+    objective = run.objective
+    if not 0.0 <= objective.alpha <= 1.0:
+        raise ConfigError(f"--alpha is {objective.alpha}; it lies between 0 and 1")
+    if objective.token_clip is not None and objective.token_clip_quantile is not None:
+        raise ConfigError("--token_clip and --token_clip_quantile exclude each other; give one")
+    if objective.token_clip is not None and objective.token_clip <= 0:
+        raise ConfigError(f"--token_clip is {objective.token_clip}; a ceiling must be positive")
+    if objective.token_clip_quantile is not None and not 0.0 < objective.token_clip_quantile < 1.0:
+        raise ConfigError(f"--token_clip_quantile is {objective.token_clip_quantile}; it lies between 0 and 1")
+    if (objective.gamma_agreement or 0.0) < 0:
+        raise ConfigError(f"--gamma_agreement is {objective.gamma_agreement}; it must not be negative")
+    if objective.contrastive_weight < 0 or (objective.final_layer_distill_weight or 0.0) < 0:
+        raise ConfigError("--contrastive_weight and --final_layer_distill_weight must not be negative")
+
+
+def _validate_needs(run: Run) -> None:
+    if run.data.dataset is None:
+        raise ConfigError("--dataset is missing; use addition, gsm8k or mbpp")
+    if run.schedule.output_dir is None:
+        raise ConfigError("--output_dir is missing; give a new folder for the run")
+    method = MODES[run.mode].defaults.get("fewshot_method", run.data.fewshot_method)
+    if run.data.fewshot_method != method:
+        raise ConfigError(
+            f"--mode {run.mode} takes {method} contexts; --fewshot_method {run.data.fewshot_method} contradicts it"
+        )
+    if method not in (None, "random"):
+        raise ConfigError(
+            f"{method} contexts need a cache that this version cannot prepare; use a `_random` mode or --fewshot_method random"
+        )
+    if run.agreement is not None and (run.data.num_auxiliary_contexts < 1 or run.data.fewshot_method is None):
+        raise ConfigError(
+            f"--mode {run.mode} weights tokens by the agreement of auxiliary contexts and has none; "
+            "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random"
+        )
+    if run.rollout.rollout == "replay" and run.rollout.replay_path is None:
+        raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
+    if run.teacher.teacher == "ema":
+        steps, beta = run.teacher.ref_model_sync_steps, run.teacher.ref_model_mixup_beta
+        if steps is None or steps < 1 or beta is None or not 0.0 <= beta < 1.0:
+            raise ConfigError(
+                f"the EMA teacher needs --ref_model_sync_steps of at least 1 "
+                f"and --ref_model_mixup_beta in [0, 1); got {steps} and {beta}"
+            )
+
+
+def _validate_ranges(run: Run) -> None:
+    checks = [
+        (run.rollout.temperature > 0, "--temperature must be positive"),
+        (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),
+        (run.rollout.top_k >= 0, "--top_k must not be negative"),
+        (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
+        (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
+        (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),
+        (run.data.demo_k >= 1, "--demo_k must be at least 1"),
+        (run.data.num_train_examples is None or run.data.num_train_examples >= 1, "--num_train_examples must be at least 1"),
+        (run.optimization.learning_rate > 0, "--learning_rate must be positive"),
+        (0 <= run.optimization.warmup_ratio <= 1, "--warmup_ratio lies in [0, 1]"),
+        (run.optimization.max_grad_norm >= 0, "--max_grad_norm must not be negative"),
+        (run.schedule.max_steps is None or run.schedule.max_steps >= 1, "--max_steps must be at least 1"),
+        (run.schedule.num_train_epochs > 0, "--num_train_epochs must be positive"),
+        (
+            min(run.schedule.save_steps, run.schedule.eval_steps, run.schedule.save_total_limit) >= 0,
+            "step counts must not be negative",
+        ),
+        (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise ConfigError(message)
