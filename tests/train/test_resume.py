@@ -25,17 +25,18 @@ def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def broken_at_three(unbroken: Path, output: Path) -> Path:
-    """The folder as it was when the run was killed in its fourth step, a half-written checkpoint included."""
-    shutil.copytree(unbroken, output)
-    (output / "checkpoints" / "step_000006").rename(output / "checkpoints" / "step_000006.partial")
+def broken_before_the_last(finished: Path, output: Path) -> Path:
+    """The folder of a run that was killed while it wrote its last checkpoint, and a line of its metrics."""
+    shutil.copytree(finished, output)
+    last = checkpoint.complete(output)[-1]
+    last.rename(last.with_name(last.name + ".partial"))
     with (output / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 6, "loss": 0.1')  # the kill cut a line short
+        stream.write('{"step": 6, "loss": 0.1')
     return output
 
 
 def test_same_layout_bit_for_bit(world: World, unbroken: Path, tmp_path: Path) -> None:
-    output = broken_at_three(unbroken, tmp_path / "run")
+    output = broken_before_the_last(unbroken, tmp_path / "run")
     metrics = run(world, 2, output, **STAR, **LAYOUT, **KEEP, max_steps=6, resume_from_checkpoint="latest")
     assert [row["step"] for row in metrics] == list(range(6))
     expected = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
@@ -47,7 +48,7 @@ def test_same_layout_bit_for_bit(world: World, unbroken: Path, tmp_path: Path) -
     [(1, {}), (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2})],
 )
 def test_another_layout(world: World, unbroken: Path, tmp_path: Path, size: int, layout: dict[str, Any]) -> None:
-    output = broken_at_three(unbroken, tmp_path / "run")
+    output = broken_before_the_last(unbroken, tmp_path / "run")
     replay = {"rollout": "replay", "replay_path": str(unbroken / "rollouts")}
     metrics = run(world, size, output, **STAR, **layout, **KEEP, **replay, max_steps=6, resume_from_checkpoint="latest")
     expected = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
@@ -61,14 +62,14 @@ def test_distributed_optimizer_resumes_under_another_data_parallel_size(world: W
     expected = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     replay = {"rollout": "replay", "replay_path": str(tmp_path / "run" / "rollouts")}
     for size in (4, 2):
-        output = broken_at_three(tmp_path / "run", tmp_path / f"resumed{size}")
+        output = broken_before_the_last(tmp_path / "run", tmp_path / f"resumed{size}")
         metrics = run(world, size, output, **STAR, **sharded, **KEEP, **replay, max_steps=6, resume_from_checkpoint="latest")
         for found, wanted in zip(curve(metrics), curve(expected), strict=True):
             assert found == pytest.approx(wanted, rel=1e-4), size
 
 
 def test_half_written_and_foreign_checkpoints_are_refused(world: World, unbroken: Path, tmp_path: Path) -> None:
-    output = broken_at_three(unbroken, tmp_path / "run")
+    output = broken_before_the_last(unbroken, tmp_path / "run")
     partial = output / "checkpoints" / "step_000006.partial"
     with pytest.raises(CheckpointError, match="half-written"):
         checkpoint.find(output, str(partial))

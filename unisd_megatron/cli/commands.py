@@ -126,6 +126,8 @@ def evaluate(request: argparse.Namespace) -> int:
         raise ConfigError(f"unknown --dataset {request.dataset!r}; use one of {', '.join(TASKS)}")
     if request.references == (request.model_name is not None):
         raise ConfigError("give either --references or --model_name")
+    if request.max_examples is not None and request.max_examples < 1:
+        raise ConfigError(f"--max_examples is {request.max_examples}; it must be at least 1")
     task = TASKS[request.dataset]()
     records = task.load("test", request.data_path)[: request.max_examples]
     output = Path(request.output_dir) if request.output_dir else None
@@ -136,6 +138,7 @@ def evaluate(request: argparse.Namespace) -> int:
             {"id": r.id, "completion": task.reference(r), "correct": task.is_correct(r, task.reference(r))} for r in records
         ]
     else:
+        task.is_correct(records[0], "")  # a task that cannot be scored says so before anything is generated
         _prepare_libraries()
         from unisd_megatron.evaluate.model import answers_of
 

@@ -56,12 +56,14 @@ def import_folder(model_name: str, target: Path, layout: Layout) -> None:
     layout.data_parallel_size(world)
     partial = target.with_name(target.name + ".partial")
     with _world(layout) as (platform, grid):
+        model = load_stage(source, layout, platform, grid)  # a broken source is refused before anything is written
+        dist.barrier()
         if grid.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / SHARDS).mkdir(parents=True)
             copy_companions(source.path, partial)
         dist.barrier()
-        store.save(partial / SHARDS, load_stage(source, layout, platform, grid))
+        store.save(partial / SHARDS, model)
         dist.barrier()
         if grid.world.rank == 0:
             os.replace(partial, target)

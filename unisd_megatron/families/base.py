@@ -61,6 +61,8 @@ class Arch:
 
     def check_layout(self, tensor: int, pipeline: int, name: str) -> None:
         """Raises `ConfigError` where tensor- or pipeline-parallel sizes do not divide the model `name`."""
+        if min(tensor, pipeline) < 1:
+            raise ConfigError(f"tensor-parallel {tensor} x pipeline-parallel {pipeline} is no layout; both are at least 1")
         for count, what in (
             (self.num_attention_heads, "attention heads"),
             (self.num_query_groups, "key/value heads"),

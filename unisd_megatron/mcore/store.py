@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint import CheckpointException
 
 from unisd_megatron.errors import CheckpointError
 from unisd_megatron.mcore.model import HiddenStateModel
@@ -42,8 +43,10 @@ def load(folder: Path, model: HiddenStateModel, student: Student | None = None, 
     try:
         quiet.setLevel(logging.ERROR)
         loaded = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
+        # torch's own (a BaseException) holds what each rank met.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise CheckpointError(f"{folder}: cannot be restored ({reason[:300]})") from error
     finally:
         quiet.setLevel(level)

@@ -54,6 +54,8 @@ def prepare(run: Run, world_size: int) -> Prepared:
     if task is None:
         raise ConfigError(f"unknown --dataset {run.data.dataset!r}; use one of {', '.join(TASKS)}")
     records = task.load("train", run.data.data_path)[: run.data.num_train_examples]
+    if run.schedule.eval_steps:  # held-out questions that are missing, or a task that cannot be scored, are refused now
+        task.is_correct(task.load("test", run.schedule.eval_data_path)[0], "")
     views = loss_settings(run).views if run.agreement is not None else 0
     examples, without_negative = build_examples(
         task,

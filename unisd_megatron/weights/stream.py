@@ -36,16 +36,13 @@ def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], fold
     table = _by_name(mappings)
     for name, shard in shards:
         mapping = table[name]
-        try:
-            part = mapping.shard([folder.tensor(hf) for hf in mapping.hf], tensor_axis.size, tensor_axis.rank)
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder.path}: {', '.join(mapping.hf)}: shapes do not fit config.json ({error})") from error
-        if part.shape != shard.shape:
-            raise CheckpointError(
-                f"{folder.path}: {', '.join(mapping.hf)} gives a shard of {tuple(part.shape)}; "
-                f"config.json says {tuple(shard.shape)}"
-            )
-        shard.copy_(part)
+        tensors = [folder.tensor(hf) for hf in mapping.hf]
+        # Compared whole: padding or cutting a tensor into shards could hide that it is too short or too long.
+        expected = mapping.join([torch.empty(shard.shape, device="meta")] * tensor_axis.size)
+        for hf, tensor, like in zip(mapping.hf, tensors, expected, strict=True):
+            if tensor.shape != like.shape:
+                raise CheckpointError(f"{folder.path}: {hf} is {tuple(tensor.shape)}; config.json says {tuple(like.shape)}")
+        shard.copy_(mapping.shard(tensors, tensor_axis.size, tensor_axis.rank))
 
 
 @torch.no_grad()

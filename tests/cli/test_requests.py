@@ -1,0 +1,365 @@
+"""A wrong request ends with status 2 and one line that says what is wrong; nothing is written and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from unisd_megatron.cli import main
+from unisd_megatron.cli.parser import given_settings, parse
+from unisd_megatron.config import GROUPS, all_settings, resolve, setting_type
+from unisd_megatron.modes import MODES
+from unisd_megatron.train.build import write_run_file
+from unisd_megatron.train.metrics import read_metrics
+from unisd_megatron.weights.tiny import byte_tokenizer, write_tiny
+
+TRAIN: dict[str, str | None] = {
+    "--mode": "vanilla",
+    "--dataset": "addition",
+    "--model_name": "model",
+    "--output_dir": "run",
+    "--num_train_examples": "16",
+    "--max_completion_length": "4",
+    "--max_steps": "1",
+}
+AGREEMENT = {"--mode": "agreement_tok_random", "--num-auxiliary-contexts": "2"}
+MBPP_ROW = {"task_id": 11, "text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
+
+
+def command(**changes: str | None) -> list[str]:
+    """`train` with TRAIN and changes to it: None takes a flag out, "" makes it one without a value."""
+    return [
+        "train",
+        *(word for name, value in (TRAIN | changes).items() if value is not None for word in (name, value) if word),
+    ]
+
+
+class Desk:
+    """A folder to work in, with a model in it, that sees whatever a request writes."""
+
+    def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        self._capfd = capfd
+
+    def content(self) -> dict[str, bytes | None]:
+        return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(self.folder.rglob("*"))}
+
+    def refused(self, arguments: Sequence[str], *words: str) -> None:
+        before = self.content()
+        self._capfd.readouterr()
+        status = main(arguments)
+        lines = [line for line in self._capfd.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("unisd: ")
+        assert [word for word in words if word not in lines[0]] == [], lines[0]
+        assert status == 2
+        assert self.content() == before
+
+    def write(self, name: str, text: str) -> str:
+        (self.folder / name).write_text(text)
+        return name
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("requests") / "tiny"
+    write_tiny("qwen2", folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def desk(tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    return Desk(tmp_path, capfd)
+
+
+FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
+    "unknown flag": ({"--learning_rates": "1"}, ["--learning_rates", "unisd", "--help"]),
+    "flag cut short": ({"--learning": "1"}, ["--learning"]),
+    "not a number": ({"--max_steps": "many"}, ["--max", "steps", "'many'"]),
+    "unknown mode": ({"--mode": "unisd"}, ["--mode 'unisd'", *MODES]),
+    "unknown data set": ({"--dataset": "sums"}, ["--dataset 'sums'", "addition", "gsm8k", "mbpp"]),
+    "no model": ({"--model_name": None}, ["--model_name is missing"]),
+    "no data set": ({"--dataset": None}, ["--dataset is missing"]),
+    "no output": ({"--output_dir": None}, ["--output_dir is missing"]),
+    "no such model folder": ({"--model_name": "./absent"}, ["./absent", "no such folder"]),
+    "no such data file": ({"--data_path": "absent.jsonl"}, ["absent.jsonl", "no such data file"]),
+    "sequence parallel alone": ({"--sequence-parallel": ""}, ["--sequence-parallel", "--tensor-model-parallel-size 2"]),
+    "odd global batch": ({"--micro-batch-size": "3"}, ["--global-batch-size 16", "--micro-batch-size 3"]),
+    "no ranks": ({"--tp": "0"}, ["tensor_model_parallel_size is 0", "at least 1"]),
+    "agreement without contexts": ({"--mode": "agreement_tok_random"}, ["--num-auxiliary-contexts", "--fewshot_method random"]),
+    "retrieval": (AGREEMENT | {"--mode": "agreement_seq_retrieval"}, ["retrieval", "cache", "`_random`"]),
+    "induction": (AGREEMENT | {"--mode": "agreement_tok_induction"}, ["induction", "cache", "`_random`"]),
+    "contexts against the mode": (
+        AGREEMENT | {"--fewshot_method": "retrieval"},
+        ["random contexts", "--fewshot_method retrieval"],
+    ),
+    "idle margin": ({"--contrastive_margin": "0.5"}, ["--contrastive_margin", "vanilla", "--contrastive_weight"]),
+    "idle gamma": ({"--mode": "ema", "--gamma_agreement": "1"}, ["--gamma_agreement", "ema", "agreement modes"]),
+    "idle ema": ({"--ref_model_mixup_beta": "0.9"}, ["--ref_model_mixup_beta", "vanilla", "--teacher ema"]),
+    "idle matching": ({"--final-layer-distill-weight": "1"}, ["--final_layer_distill_weight", "match_joint"]),
+    "idle contexts": ({"--num-auxiliary-contexts": "2"}, ["--num_auxiliary_contexts", "agreement modes"]),
+    "idle replay": ({"--replay_path": "model"}, ["--replay_path", "--rollout replay"]),
+    "idle evaluation": ({"--eval_examples": "5"}, ["--eval_examples", "--eval_steps"]),
+    "two ceilings": (
+        {"--token_clip": "5", "--token_clip_quantile": "0.9"},
+        ["--token_clip ", "--token_clip_quantile", "give one"],
+    ),
+    "alpha": ({"--alpha": "1.5"}, ["--alpha is 1.5", "between 0 and 1"]),
+    "alpha is no number": ({"--alpha": "nan"}, ["--alpha is nan", "between 0 and 1"]),
+    "quantile": ({"--token_clip_quantile": "1"}, ["--token_clip_quantile is 1.0"]),
+    "temperature": ({"--temperature": "0"}, ["--temperature must be positive"]),
+    "prompts too long": ({"--max_prompt_length": "5"}, ["all 16 examples", "--max_prompt_length 5", "46 tokens"]),
+    "no recording": ({"--rollout": "replay", "--replay_path": "absent"}, ["absent", "no such folder of recorded rollouts"]),
+    "no replay path": ({"--rollout": "replay"}, ["--rollout replay needs --replay_path"]),
+    "no checkpoint": ({"--resume_from_checkpoint": "absent"}, ["absent", "not a complete checkpoint"]),
+    "no latest": ({"--resume_from_checkpoint": "latest"}, ["run: no complete checkpoint to resume from"]),
+    "evaluation of a missing file": ({"--eval_steps": "1", "--eval_data_path": "absent.jsonl"}, ["absent.jsonl", "no such"]),
+    "evaluation that cannot be scored": (
+        {"--dataset": "mbpp", "--data_path": "rows.jsonl", "--eval_data_path": "rows.jsonl", "--eval_steps": "1"},
+        ["scoring mbpp", "sandbox"],
+    ),
+    "no configuration": ({"--config": "absent.yaml"}, ["--config absent.yaml", "no such file"]),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_wrong_flag_of_train_is_refused(desk: Desk, name: str) -> None:
+    changes, words = FLAGS[name]
+    desk.write("rows.jsonl", "".join(json.dumps(MBPP_ROW | {"task_id": number}) + "\n" for number in (11, 601)))
+    desk.refused(command(**changes), *words)
+
+
+WORLDS: dict[str, tuple[int, dict[str, str | None], list[str]]] = {
+    "heads": (16, {"--tp": "16"}, ["tensor-parallel 16", "8 attention heads", "use 1, 2, 4, 8"]),
+    "key/value heads": (8, {"--tp": "8"}, ["tensor-parallel 8", "4 key/value heads", "use 1, 2, 4"]),
+    "layers": (3, {"--pp": "3", "--global-batch-size": "3"}, ["pipeline-parallel 3", "4 layers", "use 1, 2, 4"]),
+    "world": (6, {"--tp": "2", "--pp": "2"}, ["6 processes", "tensor-parallel 2 x pipeline-parallel 2", "multiple of 4"]),
+    "global batch": (3, {}, ["--global-batch-size 16", "--micro-batch-size 1 x 3 data-parallel ranks"]),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_layout_that_does_not_fit_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    size, changes, words = WORLDS[name]
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    desk.refused(command(**changes), *words)
+
+
+def test_only_the_first_of_several_processes_speaks(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(command(**{"--mode": "unisd"})) == 2
+    assert capfd.readouterr().err == ""
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def index_without_file(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    files["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def larger_tokenizer(folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(43)])
+    tokenizer.save_pretrained(folder)
+
+
+GATE, EMBEDDING = "model.layers.2.mlp.gate_proj.weight", "model.embed_tokens.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), ["model: no config.json"]),
+    "config.json is not JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), ["config.json: not JSON"]),
+    "unsupported family": (lambda folder: edit_config(folder, model_type="gpt2"), ["model_type 'gpt2'", "qwen2, llama"]),
+    "no safetensors": (lambda folder: (folder / "model.safetensors").unlink(), ["model: no model.safetensors"]),
+    "cut safetensors": (cut_weights, ["model.safetensors: not a complete safetensors file"]),
+    "index without file": (index_without_file, ["model-00002-of-00002.safetensors", "missing"]),
+    "tensor missing": (lambda folder: edit_weights(folder, lambda t: t.pop(GATE)), [GATE, "is missing"]),
+    "tensor misshapen": (lambda folder: edit_weights(folder, lambda t: t.update({GATE: t[GATE][1:]})), [GATE, "config.json"]),
+    "vocabulary too small": (
+        lambda folder: edit_weights(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:290]})),
+        [EMBEDDING, "290", "300"],
+    ),
+    "tokenizer too large": (larger_tokenizer, ["tokenizer has 301 entries", "only 300"]),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["model: no tokenizer"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_training_refuses_a_model_folder_with(desk: Desk, name: str) -> None:
+    damage, words = DAMAGE[name]
+    damage(desk.model)
+    desk.refused(command(), *words)
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGE if "tokenizer" not in name])
+def test_import_refuses_a_model_folder_with(desk: Desk, name: str) -> None:
+    damage, words = DAMAGE[name]
+    damage(desk.model)
+    desk.refused(["convert", "import", "--model_name", "model", "--output_dir", "megatron"], *words)
+
+
+DATA_FILES = {
+    "empty": ("", ["rows.jsonl", "the data set is empty"]),
+    "broken line": ('{"a": 1, "b": 3}\n{"a": 2, "b": \n', ["rows.jsonl, line 2: not JSON"]),
+    "another schema": ('{"a": 1, "b": 3}\n{"question": "1+1?"}\n', ["rows.jsonl, line 2: not a addition record", "'a'"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_a_wrong_data_file_is_refused(desk: Desk, name: str) -> None:
+    text, words = DATA_FILES[name]
+    desk.refused(command(**{"--data_path": desk.write("rows.jsonl", text)}), *words)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("run.yaml", "learning_rat: 1.0e-4\n", ["run.yaml", "unknown setting 'learning_rat'"]),
+        ("run.yaml", "alpha: [0.5\n", ["--config run.yaml", "line"]),
+        ("run.yaml", "alpha: low\n", ["run.yaml", "alpha is 'low'", "expected float"]),
+        ("run.yaml", "- alpha\n", ["run.yaml", "expected settings"]),
+        ("run.json", '{"alpha": 0.5', ["--config run.json", "line 1"]),
+    ],
+)
+def test_a_wrong_configuration_file_is_refused(desk: Desk, file: str, text: str, words: list[str]) -> None:
+    desk.refused(command(**{"--config": desk.write(file, text)}), *words)
+
+
+def test_a_folder_that_holds_another_run_is_refused(desk: Desk) -> None:
+    (desk.folder / "run").mkdir()
+    desk.write("run/run.json", "{}")
+    desk.refused(command(), "run: not empty", "--resume_from_checkpoint latest")
+
+
+def test_a_half_written_checkpoint_is_refused(desk: Desk) -> None:
+    checkpoint = desk.folder / "run" / "checkpoints" / "step_000001.partial"
+    (checkpoint / "shards").mkdir(parents=True)
+    desk.write("run/checkpoints/step_000001.partial/state.json", "{}")
+    desk.write("run/checkpoints/step_000001.partial/shards/metadata.json", "{}")
+    desk.refused(command(**{"--resume_from_checkpoint": str(checkpoint)}), "step_000001.partial", "half-written")
+    desk.refused(command(**{"--resume_from_checkpoint": "latest"}), "run: no complete checkpoint")
+
+
+OTHERS: dict[str, tuple[str, list[str]]] = {
+    "no subcommand": ("", ["COMMAND"]),
+    "unknown subcommand": ("trian", ["'trian'", "train", "convert"]),
+    "unknown family": ("tiny --family gpt2 --output_dir new", ["'gpt2'", "qwen2", "llama"]),
+    "tiny into a folder": ("tiny --family qwen2 --output_dir model", ["model: exists already"]),
+    "export of a Hugging Face folder": ("convert export --model_name model --output_dir new", ["Hugging Face folder already"]),
+    "import to a folder": ("convert import --model_name model --output_dir model", ["model: exists already"]),
+    "import without target": ("convert import --model_name model", ["--output"]),
+    "import at a wrong layout": ("convert import --model_name model --output_dir new --pp 3", ["4 layers of model", "1, 2, 4"]),
+    "import at no layout": ("convert import --model_name model --output_dir new --tp 0", ["at least 1"]),
+    "verify against nothing": ("verify --model_name model --against ./absent", ["absent: no such folder"]),
+    "golden of a missing file": ("parity golden absent.json", ["absent.json", "not a golden-vector file"]),
+    "golden of another file": ("parity golden model/config.json", ["model/config.json", "not a golden-vector file"]),
+    "parity at a wrong layout": ("parity --tp 2", ["1 processes", "tensor-parallel 2"]),
+    "evaluate of nothing": ("evaluate --dataset addition", ["--references or --model_name"]),
+    "evaluate of both": ("evaluate --dataset addition --references --model_name model", ["--references or --model_name"]),
+    "evaluate on an unknown set": ("evaluate --dataset sums --references", ["--dataset 'sums'", "addition"]),
+    "evaluate of no example": ("evaluate --dataset addition --references --max_examples 0", ["--max_examples"]),
+    "evaluate into a folder": ("evaluate --dataset addition --references --output_dir model", ["model: exists already"]),
+    "evaluate of a missing model": ("evaluate --dataset addition --model_name ./absent --output_dir new", ["./absent"]),
+    "scoring mbpp references": (
+        "evaluate --dataset mbpp --data_path rows.jsonl --references --output_dir new",
+        ["scoring mbpp", "sandbox"],
+    ),
+    "scoring mbpp answers": (
+        "evaluate --dataset mbpp --data_path rows.jsonl --model_name model --max_completion_length 2 --output_dir new",
+        ["scoring mbpp", "sandbox"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_subcommands_refuse(desk: Desk, name: str) -> None:
+    arguments, words = OTHERS[name]
+    desk.write("rows.jsonl", json.dumps(MBPP_ROW))
+    desk.refused(arguments.split(), *words)
+
+
+def test_every_flag_has_every_spelling(tmp_path: Path) -> None:
+    for group, item in all_settings():
+        kind, choices, _ = setting_type(GROUPS[group], item.name)
+        value = [] if kind is bool else [choices[0] if choices else {int: "3", float: "0.5", str: "x"}[kind]]
+        first, *rest = item.name.split("_")
+        spellings = {item.name, item.name.replace("_", "-"), "-".join([first, "_".join(rest)] if rest else [first])}
+        parsed = [given_settings(parse(["train", f"--{name}", *value]))[0] for name in spellings]
+        parsed += [given_settings(parse(["train", f"--{name}={value[0]}"]))[0] for name in spellings if value]
+        assert all(list(flags) == [item.name] and flags == parsed[0] for flags in parsed), item.name
+
+
+@pytest.fixture(scope="module")
+def earlier(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run, asked for by a file and by flags that contradict it."""
+    folder = tmp_path_factory.mktemp("earlier")
+    settings = "learning-rate: 1e-3\nmax_steps: 7\nmode: unisd_star\nnum_auxiliary_contexts: 2\nfewshot_method: random\n"
+    (folder / "settings.yaml").write_text(settings)
+    changes = {"--mode": None, "--model_name": str(tiny_folder), "--output_dir": str(folder / "run")}
+    assert main(command(**changes, **{"--config": str(folder / "settings.yaml")})) == 0
+    return folder / "run"
+
+
+def test_the_command_line_wins_and_origins_are_recorded(earlier: Path) -> None:
+    record = json.loads((earlier / "run.json").read_text())
+    assert record["settings"]["max_steps"] == len(read_metrics(earlier)) == 1
+    assert record["settings"]["learning_rate"] == 1e-3
+    expected = {"max_steps": "flag", "learning_rate": "file", "mode": "file", "teacher": "mode", "alpha": "default"}
+    assert {name: record["origins"][name] for name in expected} == expected
+    assert record["origins"].keys() == record["settings"].keys()
+
+
+def test_run_json_repeats_the_run(earlier: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(earlier / "run.json"), "--output_dir", str(tmp_path / "again")]) == 0
+    first, again = (json.loads((folder / "run.json").read_text())["settings"] for folder in (earlier, tmp_path / "again"))
+    assert again == first | {"output_dir": str(tmp_path / "again")}
+    assert [row["loss"] for row in read_metrics(tmp_path / "again")] == [row["loss"] for row in read_metrics(earlier)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> None:
+    contexts = {"num_auxiliary_contexts": 2} if MODES[mode].agreement else {}
+    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "temperature": 0.9, **contexts}, {})
+    write_run_file(run, tmp_path, {})
+    again = resolve(*given_settings(parse(["train", "--config", str(tmp_path / "run.json"), "--output-dir", "o"])))
+    assert again == run
+
+
+COMMANDS = ["", "train", "tiny", "convert", "convert import", "convert export", "verify", "parity", "parity golden", "evaluate"]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_of_every_subcommand_loads_no_torch(words: str) -> None:
+    code = "import sys, unisd_megatron.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as end: sys.exit(end.code or 10 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, *words.split(), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: unisd {words}".strip() in done.stdout
