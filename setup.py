@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "unisd_megatron/__init__.py
 # psutil and tqdm are needed by megatron-core and not declared there.
 CORE = [
     "torch>=2.11",
-    "megatron-core==0.16.1",
+    "megatron-core>=0.16.1,<=0.19.2",
     "transformers>=5.8,<6",
     "safetensors>=0.5",
     "huggingface-hub",
@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={
-        "cpu": ["torch==2.13.0"],
+        "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "transformers==5.19.0"],
         "data": ["datasets>=4"],
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
         "vllm": ["vllm>=0.20"],

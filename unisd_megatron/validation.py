@@ -52,6 +52,8 @@ def _validate_needs(run: Run) -> None:
         )
     if run.rollout.rollout == "replay" and run.rollout.replay_path is None:
         raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
+    if run.rollout.rollout == "replay" and run.schedule.eval_steps:
+        raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
     if run.teacher.teacher == "ema":
         steps, beta = run.teacher.ref_model_sync_steps, run.teacher.ref_model_mixup_beta
         if steps is None or steps < 1 or beta is None or not 0.0 <= beta < 1.0:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from unisd_megatron.cli import main
@@ -33,12 +35,10 @@ AGREEMENT = {"--mode": "agreement_tok_random", "--num-auxiliary-contexts": "2"}
 MBPP_ROW = {"task_id": 11, "text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
 
 
-def command(**changes: str | None) -> list[str]:
+def command(changes: Mapping[str, str | None]) -> list[str]:
     """`train` with TRAIN and changes to it: None takes a flag out, "" makes it one without a value."""
-    return [
-        "train",
-        *(word for name, value in (TRAIN | changes).items() if value is not None for word in (name, value) if word),
-    ]
+    flags = [(name, value) for name, value in {**TRAIN, **changes}.items() if value is not None]
+    return ["train", *(word for flag in flags for word in flag if word)]
 
 
 class Desk:
@@ -46,7 +46,6 @@ class Desk:
 
     def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
-        self.model = folder / "model"
         self._capfd = capfd
 
     def content(self) -> dict[str, bytes | None]:
@@ -68,6 +67,13 @@ class Desk:
         return name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_queue_for_later_workers() -> Iterator[None]:
+    """Megatron's checkpoint writer keeps a queue in its process; workers forked from this one must not share it."""
+    yield
+    filesystem_async._results_queue = None
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("requests") / "tiny"
@@ -78,9 +84,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def desk(tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Desk:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     shutil.copytree(tiny_folder, tmp_path / "model")
     return Desk(tmp_path, capfd)
+
+
+def test_the_request_without_a_fault_is_carried_out(desk: Desk) -> None:
+    """Else what is refused below might be refused for another reason."""
+    before = desk.content()
+    assert main(command({})) == 0
+    after = desk.content()
+    assert {name: after[name] for name in before} == before
+    assert len(after) > len(before) and all(name in before or Path(name).is_relative_to(desk.folder / "run") for name in after)
 
 
 FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
@@ -100,10 +114,7 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "agreement without contexts": ({"--mode": "agreement_tok_random"}, ["--num-auxiliary-contexts", "--fewshot_method random"]),
     "retrieval": (AGREEMENT | {"--mode": "agreement_seq_retrieval"}, ["retrieval", "cache", "`_random`"]),
     "induction": (AGREEMENT | {"--mode": "agreement_tok_induction"}, ["induction", "cache", "`_random`"]),
-    "contexts against the mode": (
-        AGREEMENT | {"--fewshot_method": "retrieval"},
-        ["random contexts", "--fewshot_method retrieval"],
-    ),
+    "contexts against the mode": (AGREEMENT | {"--fewshot_method": "retrieval"}, ["random contexts", "method retrieval"]),
     "idle margin": ({"--contrastive_margin": "0.5"}, ["--contrastive_margin", "vanilla", "--contrastive_weight"]),
     "idle gamma": ({"--mode": "ema", "--gamma_agreement": "1"}, ["--gamma_agreement", "ema", "agreement modes"]),
     "idle ema": ({"--ref_model_mixup_beta": "0.9"}, ["--ref_model_mixup_beta", "vanilla", "--teacher ema"]),
@@ -111,10 +122,7 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "idle contexts": ({"--num-auxiliary-contexts": "2"}, ["--num_auxiliary_contexts", "agreement modes"]),
     "idle replay": ({"--replay_path": "model"}, ["--replay_path", "--rollout replay"]),
     "idle evaluation": ({"--eval_examples": "5"}, ["--eval_examples", "--eval_steps"]),
-    "two ceilings": (
-        {"--token_clip": "5", "--token_clip_quantile": "0.9"},
-        ["--token_clip ", "--token_clip_quantile", "give one"],
-    ),
+    "two ceilings": ({"--token_clip": "5", "--token_clip_quantile": "0.9"}, ["--token_clip ", "_quantile", "give one"]),
     "alpha": ({"--alpha": "1.5"}, ["--alpha is 1.5", "between 0 and 1"]),
     "alpha is no number": ({"--alpha": "nan"}, ["--alpha is nan", "between 0 and 1"]),
     "quantile": ({"--token_clip_quantile": "1"}, ["--token_clip_quantile is 1.0"]),
@@ -137,7 +145,7 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 def test_a_wrong_flag_of_train_is_refused(desk: Desk, name: str) -> None:
     changes, words = FLAGS[name]
     desk.write("rows.jsonl", "".join(json.dumps(MBPP_ROW | {"task_id": number}) + "\n" for number in (11, 601)))
-    desk.refused(command(**changes), *words)
+    desk.refused(command(changes), *words)
 
 
 WORLDS: dict[str, tuple[int, dict[str, str | None], list[str]]] = {
@@ -153,20 +161,20 @@ WORLDS: dict[str, tuple[int, dict[str, str | None], list[str]]] = {
 def test_a_layout_that_does_not_fit_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     size, changes, words = WORLDS[name]
     monkeypatch.setenv("WORLD_SIZE", str(size))
-    desk.refused(command(**changes), *words)
+    desk.refused(command(changes), *words)
 
 
 def test_only_the_first_of_several_processes_speaks(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(command(**{"--mode": "unisd"})) == 2
+    assert main(command({"--mode": "unisd"})) == 2
     assert capfd.readouterr().err == ""
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def another_family(folder: Path) -> None:
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"model_type": "qwen2"', '"model_type": "gpt2"'))
 
 
 def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:
@@ -176,8 +184,7 @@ def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:
 
 
 def cut_weights(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
 
 
 def index_without_file(folder: Path) -> None:
@@ -194,19 +201,19 @@ def larger_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-GATE, EMBEDDING = "model.layers.2.mlp.gate_proj.weight", "model.embed_tokens.weight"
+GATE, WORDS = "model.layers.2.mlp.gate_proj.weight", "model.embed_tokens.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), ["model: no config.json"]),
     "config.json is not JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), ["config.json: not JSON"]),
-    "unsupported family": (lambda folder: edit_config(folder, model_type="gpt2"), ["model_type 'gpt2'", "qwen2, llama"]),
+    "unsupported family": (another_family, ["model_type 'gpt2'", "qwen2, llama"]),
     "no safetensors": (lambda folder: (folder / "model.safetensors").unlink(), ["model: no model.safetensors"]),
     "cut safetensors": (cut_weights, ["model.safetensors: not a complete safetensors file"]),
     "index without file": (index_without_file, ["model-00002-of-00002.safetensors", "missing"]),
     "tensor missing": (lambda folder: edit_weights(folder, lambda t: t.pop(GATE)), [GATE, "is missing"]),
     "tensor misshapen": (lambda folder: edit_weights(folder, lambda t: t.update({GATE: t[GATE][1:]})), [GATE, "config.json"]),
-    "vocabulary too small": (
-        lambda folder: edit_weights(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:290]})),
-        [EMBEDDING, "290", "300"],
+    "small vocabulary": (
+        lambda folder: edit_weights(folder, lambda t: t.update({WORDS: t[WORDS][:290]})),
+        [WORDS, "290", "300"],
     ),
     "tokenizer too large": (larger_tokenizer, ["tokenizer has 301 entries", "only 300"]),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["model: no tokenizer"]),
@@ -214,30 +221,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_training_refuses_a_model_folder_with(desk: Desk, name: str) -> None:
+def test_a_damaged_model_folder_is_refused_by_train_and_import(desk: Desk, name: str) -> None:
     damage, words = DAMAGE[name]
-    damage(desk.model)
-    desk.refused(command(), *words)
+    damage(desk.folder / "model")
+    desk.refused(command({}), *words)
+    if "tokenizer" not in name:
+        desk.refused(["convert", "import", "--model_name", "model", "--output_dir", "megatron"], *words)
 
 
-@pytest.mark.parametrize("name", [name for name in DAMAGE if "tokenizer" not in name])
-def test_import_refuses_a_model_folder_with(desk: Desk, name: str) -> None:
-    damage, words = DAMAGE[name]
-    damage(desk.model)
-    desk.refused(["convert", "import", "--model_name", "model", "--output_dir", "megatron"], *words)
-
-
-DATA_FILES = {
-    "empty": ("", ["rows.jsonl", "the data set is empty"]),
-    "broken line": ('{"a": 1, "b": 3}\n{"a": 2, "b": \n', ["rows.jsonl, line 2: not JSON"]),
-    "another schema": ('{"a": 1, "b": 3}\n{"question": "1+1?"}\n', ["rows.jsonl, line 2: not a addition record", "'a'"]),
-}
-
-
-@pytest.mark.parametrize("name", DATA_FILES)
-def test_a_wrong_data_file_is_refused(desk: Desk, name: str) -> None:
-    text, words = DATA_FILES[name]
-    desk.refused(command(**{"--data_path": desk.write("rows.jsonl", text)}), *words)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["rows.jsonl", "the data set is empty"]),
+        ('{"a": 1, "b": 3}\n{"a": 2, "b": \n', ["rows.jsonl, line 2: not JSON"]),
+        ('{"a": 1, "b": 3}\n{"question": "1+1?"}\n', ["rows.jsonl, line 2", "addition", "'a' is missing"]),
+    ],
+)
+def test_a_wrong_data_file_is_refused(desk: Desk, text: str, words: list[str]) -> None:
+    desk.refused(command({"--data_path": desk.write("rows.jsonl", text)}), *words)
 
 
 @pytest.mark.parametrize(
@@ -251,24 +252,25 @@ def test_a_wrong_data_file_is_refused(desk: Desk, name: str) -> None:
     ],
 )
 def test_a_wrong_configuration_file_is_refused(desk: Desk, file: str, text: str, words: list[str]) -> None:
-    desk.refused(command(**{"--config": desk.write(file, text)}), *words)
+    desk.refused(command({"--config": desk.write(file, text)}), *words)
 
 
 def test_a_folder_that_holds_another_run_is_refused(desk: Desk) -> None:
     (desk.folder / "run").mkdir()
     desk.write("run/run.json", "{}")
-    desk.refused(command(), "run: not empty", "--resume_from_checkpoint latest")
+    desk.refused(command({}), "run: not empty", "--resume_from_checkpoint latest")
 
 
 def test_a_half_written_checkpoint_is_refused(desk: Desk) -> None:
-    checkpoint = desk.folder / "run" / "checkpoints" / "step_000001.partial"
-    (checkpoint / "shards").mkdir(parents=True)
-    desk.write("run/checkpoints/step_000001.partial/state.json", "{}")
-    desk.write("run/checkpoints/step_000001.partial/shards/metadata.json", "{}")
-    desk.refused(command(**{"--resume_from_checkpoint": str(checkpoint)}), "step_000001.partial", "half-written")
-    desk.refused(command(**{"--resume_from_checkpoint": "latest"}), "run: no complete checkpoint")
+    checkpoint = "run/checkpoints/step_000001.partial"
+    (desk.folder / checkpoint / "shards").mkdir(parents=True)
+    desk.write(f"{checkpoint}/state.json", "{}")
+    desk.write(f"{checkpoint}/shards/metadata.json", "{}")
+    desk.refused(command({"--resume_from_checkpoint": checkpoint}), "step_000001.partial", "half-written")
+    desk.refused(command({"--resume_from_checkpoint": "latest"}), "run: no complete checkpoint")
 
 
+SCORE_MBPP = "evaluate --dataset mbpp --data_path rows.jsonl --output_dir new"
 OTHERS: dict[str, tuple[str, list[str]]] = {
     "no subcommand": ("", ["COMMAND"]),
     "unknown subcommand": ("trian", ["'trian'", "train", "convert"]),
@@ -289,14 +291,8 @@ OTHERS: dict[str, tuple[str, list[str]]] = {
     "evaluate of no example": ("evaluate --dataset addition --references --max_examples 0", ["--max_examples"]),
     "evaluate into a folder": ("evaluate --dataset addition --references --output_dir model", ["model: exists already"]),
     "evaluate of a missing model": ("evaluate --dataset addition --model_name ./absent --output_dir new", ["./absent"]),
-    "scoring mbpp references": (
-        "evaluate --dataset mbpp --data_path rows.jsonl --references --output_dir new",
-        ["scoring mbpp", "sandbox"],
-    ),
-    "scoring mbpp answers": (
-        "evaluate --dataset mbpp --data_path rows.jsonl --model_name model --max_completion_length 2 --output_dir new",
-        ["scoring mbpp", "sandbox"],
-    ),
+    "scoring mbpp references": (f"{SCORE_MBPP} --references", ["scoring mbpp", "sandbox"]),
+    "scoring mbpp answers": (f"{SCORE_MBPP} --model_name model --max_completion_length 2", ["scoring mbpp", "sandbox"]),
 }
 
 
@@ -325,7 +321,7 @@ def earlier(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     settings = "learning-rate: 1e-3\nmax_steps: 7\nmode: unisd_star\nnum_auxiliary_contexts: 2\nfewshot_method: random\n"
     (folder / "settings.yaml").write_text(settings)
     changes = {"--mode": None, "--model_name": str(tiny_folder), "--output_dir": str(folder / "run")}
-    assert main(command(**changes, **{"--config": str(folder / "settings.yaml")})) == 0
+    assert main(command(changes | {"--config": str(folder / "settings.yaml")})) == 0
     return folder / "run"
 
 
@@ -354,12 +350,14 @@ def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> 
     assert again == run
 
 
+HELP = """import sys, unisd_megatron.cli as c
+try: c.main(sys.argv[1:])
+except SystemExit as end: sys.exit(end.code or 10 * ('torch' in sys.modules))"""
 COMMANDS = ["", "train", "tiny", "convert", "convert import", "convert export", "verify", "parity", "parity golden", "evaluate"]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_help_of_every_subcommand_loads_no_torch(words: str) -> None:
-    code = "import sys, unisd_megatron.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as end: sys.exit(end.code or 10 * ('torch' in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, *words.split(), "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HELP, *words.split(), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"usage: unisd {words}".strip() in done.stdout

@@ -12,8 +12,8 @@ import torch
 from unisd_megatron.errors import MissingDependency
 from unisd_megatron.mcore import cpu
 
-MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 16, 99)
-"""Versions of megatron-core that this project has been measured with."""
+MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
+"""Versions of megatron-core whose interfaces have been measured; the test suite runs on the first."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def check_megatron() -> str:
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if not MEGATRON_MIN <= numbers <= MEGATRON_MAX:
         age = "old" if numbers < MEGATRON_MIN else "new"
-        raise MissingDependency(f"megatron-core {version} is too {age} for this version; pip install 'megatron-core==0.16.1'")
+        raise MissingDependency(
+            f"megatron-core {version} is too {age}; 0.16.1 to 0.19.2 are supported: pip install 'megatron-core==0.16.1'"
+        )
     if importlib.util.find_spec("psutil") is None:
         raise MissingDependency(
             "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"
