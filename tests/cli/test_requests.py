@@ -32,12 +32,13 @@ TRAIN: dict[str, str | None] = {
     "--max_steps": "1",
 }
 AGREEMENT = {"--mode": "agreement_tok_random", "--num-auxiliary-contexts": "2"}
+MBPP = {"--dataset": "mbpp", "--data_path": "rows.jsonl", "--eval_data_path": "rows.jsonl"}
 MBPP_ROW = {"task_id": 11, "text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
 
 
 def command(changes: Mapping[str, str | None]) -> list[str]:
     """`train` with TRAIN and changes to it: None takes a flag out, "" makes it one without a value."""
-    flags = [(name, value) for name, value in {**TRAIN, **changes}.items() if value is not None]
+    flags = [(name, value) for name, value in {**TRAIN, **changes}.items() if value is not None and name != "WORLD_SIZE"]
     return ["train", *(word for flag in flags for word in flag if word)]
 
 
@@ -56,13 +57,13 @@ class Desk:
         self._capfd.readouterr()
         status = main(arguments)
         lines = [line for line in self._capfd.readouterr().err.splitlines() if line.strip()]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("unisd: ")
+        assert len(lines) == 1 and lines[0].startswith("unisd: "), lines
         assert [word for word in words if word not in lines[0]] == [], lines[0]
         assert status == 2
         assert self.content() == before
 
     def write(self, name: str, text: str) -> str:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(text)
         return name
 
@@ -92,9 +93,8 @@ def test_the_request_without_a_fault_is_carried_out(desk: Desk) -> None:
     """Else what is refused below might be refused for another reason."""
     before = desk.content()
     assert main(command({})) == 0
-    after = desk.content()
-    assert {name: after[name] for name in before} == before
-    assert len(after) > len(before) and all(name in before or Path(name).is_relative_to(desk.folder / "run") for name in after)
+    new = {Path(name).relative_to(desk.folder).parts[0] for name, content in desk.content().items() - before.items()}
+    assert new == {"run"} and before.items() <= desk.content().items()
 
 
 FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
@@ -133,40 +133,31 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no checkpoint": ({"--resume_from_checkpoint": "absent"}, ["absent", "not a complete checkpoint"]),
     "no latest": ({"--resume_from_checkpoint": "latest"}, ["run: no complete checkpoint to resume from"]),
     "evaluation of a missing file": ({"--eval_steps": "1", "--eval_data_path": "absent.jsonl"}, ["absent.jsonl", "no such"]),
-    "evaluation that cannot be scored": (
-        {"--dataset": "mbpp", "--data_path": "rows.jsonl", "--eval_data_path": "rows.jsonl", "--eval_steps": "1"},
-        ["scoring mbpp", "sandbox"],
+    "evaluation that cannot be scored": (MBPP | {"--eval_steps": "1"}, ["scoring mbpp", "sandbox"]),
+    "heads": ({"WORLD_SIZE": "16", "--tp": "16"}, ["tensor-parallel 16", "8 attention heads", "use 1, 2, 4, 8"]),
+    "key/value heads": ({"WORLD_SIZE": "8", "--tp": "8"}, ["tensor-parallel 8", "4 key/value heads", "use 1, 2, 4"]),
+    "layers": (
+        {"WORLD_SIZE": "3", "--pp": "3", "--global-batch-size": "3"},
+        ["pipeline-parallel 3", "4 layers", "use 1, 2, 4"],
     ),
+    "world": (
+        {"WORLD_SIZE": "6", "--tp": "2", "--pp": "2"},
+        ["6 processes", "tensor-parallel 2 x pipeline-parallel 2", "multiple of 4"],
+    ),
+    "global batch": ({"WORLD_SIZE": "3"}, ["--global-batch-size 16", "--micro-batch-size 1 x 3 data-parallel ranks"]),
     "no configuration": ({"--config": "absent.yaml"}, ["--config absent.yaml", "no such file"]),
 }
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_wrong_flag_of_train_is_refused(desk: Desk, name: str) -> None:
+def test_a_wrong_flag_or_layout_of_train_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     changes, words = FLAGS[name]
+    monkeypatch.setenv("WORLD_SIZE", changes.get("WORLD_SIZE") or "1")
     desk.write("rows.jsonl", "".join(json.dumps(MBPP_ROW | {"task_id": number}) + "\n" for number in (11, 601)))
     desk.refused(command(changes), *words)
 
 
-WORLDS: dict[str, tuple[int, dict[str, str | None], list[str]]] = {
-    "heads": (16, {"--tp": "16"}, ["tensor-parallel 16", "8 attention heads", "use 1, 2, 4, 8"]),
-    "key/value heads": (8, {"--tp": "8"}, ["tensor-parallel 8", "4 key/value heads", "use 1, 2, 4"]),
-    "layers": (3, {"--pp": "3", "--global-batch-size": "3"}, ["pipeline-parallel 3", "4 layers", "use 1, 2, 4"]),
-    "world": (6, {"--tp": "2", "--pp": "2"}, ["6 processes", "tensor-parallel 2 x pipeline-parallel 2", "multiple of 4"]),
-    "global batch": (3, {}, ["--global-batch-size 16", "--micro-batch-size 1 x 3 data-parallel ranks"]),
-}
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_layout_that_does_not_fit_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    size, changes, words = WORLDS[name]
-    monkeypatch.setenv("WORLD_SIZE", str(size))
-    desk.refused(command(changes), *words)
-
-
-def test_only_the_first_of_several_processes_speaks(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(command({"--mode": "unisd"})) == 2
     assert capfd.readouterr().err == ""
@@ -177,20 +168,17 @@ def another_family(folder: Path) -> None:
     (folder / "config.json").write_text(config.replace('"model_type": "qwen2"', '"model_type": "gpt2"'))
 
 
-def edit_weights(folder: Path, edit: Callable[[dict], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def edited(edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-
-def cut_weights(folder: Path) -> None:
-    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+    return damage
 
 
 def index_without_file(folder: Path) -> None:
-    names = load_file(folder / "model.safetensors").keys()
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    files = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    files = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
     files["model.norm.weight"] = "model-00002-of-00002.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
@@ -207,14 +195,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config.json is not JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), ["config.json: not JSON"]),
     "unsupported family": (another_family, ["model_type 'gpt2'", "qwen2, llama"]),
     "no safetensors": (lambda folder: (folder / "model.safetensors").unlink(), ["model: no model.safetensors"]),
-    "cut safetensors": (cut_weights, ["model.safetensors: not a complete safetensors file"]),
-    "index without file": (index_without_file, ["model-00002-of-00002.safetensors", "missing"]),
-    "tensor missing": (lambda folder: edit_weights(folder, lambda t: t.pop(GATE)), [GATE, "is missing"]),
-    "tensor misshapen": (lambda folder: edit_weights(folder, lambda t: t.update({GATE: t[GATE][1:]})), [GATE, "config.json"]),
-    "small vocabulary": (
-        lambda folder: edit_weights(folder, lambda t: t.update({WORDS: t[WORDS][:290]})),
-        [WORDS, "290", "300"],
+    "cut safetensors": (
+        lambda folder: os.truncate(folder / "model.safetensors", 300_000),
+        ["model.safetensors: not a complete"],
     ),
+    "index without file": (index_without_file, ["model-00002-of-00002.safetensors", "missing"]),
+    "tensor missing": (edited(lambda t: t.pop(GATE)), [GATE, "is missing"]),
+    "tensor misshapen": (edited(lambda t: t.update({GATE: t[GATE][1:]})), [GATE, "config.json"]),
+    "small vocabulary": (edited(lambda t: t.update({WORDS: t[WORDS][:290]})), [WORDS, "290", "300"]),
     "tokenizer too large": (larger_tokenizer, ["tokenizer has 301 entries", "only 300"]),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["model: no tokenizer"]),
 }
@@ -256,14 +244,12 @@ def test_a_wrong_configuration_file_is_refused(desk: Desk, file: str, text: str,
 
 
 def test_a_folder_that_holds_another_run_is_refused(desk: Desk) -> None:
-    (desk.folder / "run").mkdir()
     desk.write("run/run.json", "{}")
     desk.refused(command({}), "run: not empty", "--resume_from_checkpoint latest")
 
 
 def test_a_half_written_checkpoint_is_refused(desk: Desk) -> None:
     checkpoint = "run/checkpoints/step_000001.partial"
-    (desk.folder / checkpoint / "shards").mkdir(parents=True)
     desk.write(f"{checkpoint}/state.json", "{}")
     desk.write(f"{checkpoint}/shards/metadata.json", "{}")
     desk.refused(command({"--resume_from_checkpoint": checkpoint}), "step_000001.partial", "half-written")
@@ -303,7 +289,7 @@ def test_the_other_subcommands_refuse(desk: Desk, name: str) -> None:
     desk.refused(arguments.split(), *words)
 
 
-def test_every_flag_has_every_spelling(tmp_path: Path) -> None:
+def test_every_flag_has_every_spelling() -> None:
     for group, item in all_settings():
         kind, choices, _ = setting_type(GROUPS[group], item.name)
         value = [] if kind is bool else [choices[0] if choices else {int: "3", float: "0.5", str: "x"}[kind]]

@@ -31,23 +31,18 @@ def read(model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int
 
 
 def step_loss(
-    student: torch.nn.Module,
-    heard: Sequence[Mapping[str, Said]],
-    samples: Sequence[Sample],
-    settings: LossSettings,
-    mask_truncated: bool,
+    heard: Sequence[Mapping[str, Said]], samples: Sequence[Sample], settings: LossSettings, mask_truncated: bool
 ) -> Tensor:
-    """The corrected loss over all samples of a global batch; a scalar with a gradient to `student`.
+    """The corrected loss over all samples of a global batch; a scalar with a gradient to the student.
 
-    Args: heard: for each sample, what the teacher says behind each of its views.
+    Args: heard: what is said behind each view of each sample: by the student behind its own, else by the teacher.
     """
     kept = [i for i, s in enumerate(samples) if not (mask_truncated and s.completion.finish_reason == "length")]
     tokens = {i: torch.tensor(samples[i].completion.token_ids) for i in kept}
     token_weights, sequence_weights = _agreement({i: heard[i] for i in kept}, tokens, settings)
     total = torch.zeros((), dtype=torch.float64)
     for i in kept:
-        of_student = read(student, samples[i].prompts.views[STUDENT], samples[i].completion.token_ids)
-        of_teacher = heard[i][TEACHER]
+        of_student, of_teacher = heard[i][STUDENT], heard[i][TEACHER]
         divergence = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
         if settings.token_clip is not None:
             divergence = divergence.clamp(max=settings.token_clip)
