@@ -123,11 +123,21 @@ def test_completions_depend_on_the_seed_of_each_request_alone(engine: Transforme
     assert [i for i in range(len(found)) if found[i].token_ids != expected[i].token_ids] == [3]
 
 
-def generate_on_ranks(rank: int, group: Any, folder: Path, layout: Layout, asked: list[Request]) -> list[Completion]:
+class Counting(TransformersEngine):
+    sampled = 0
+
+    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.sampled += len(requests)
+        return super()._generate_batch(requests, sampling)
+
+
+def generate_on_ranks(
+    rank: int, group: Any, folder: Path, layout: Layout, asked: list[Request]
+) -> tuple[list[Completion], int]:
     platform = platforms.choose()
     with start.world(platform, layout, seed=1) as grid:
-        engine = TransformersEngine(folder, grid, torch.float32, batch_size=4)
-        return engine.generate(asked, WARM) + engine.generate(asked[:1], WARM)  # fewer requests than ranks
+        engine = Counting(folder, grid, torch.float32, batch_size=4)
+        return engine.generate(asked, WARM) + engine.generate(asked[:1], WARM), engine.sampled  # 1: fewer than ranks
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(4, 1)])
@@ -137,7 +147,8 @@ def test_completions_do_not_depend_on_ranks(
     expected = engine.generate(requests(), WARM)
     said = world.run(layout.model_parallel_size, generate_on_ranks, tiny["qwen2"], layout, requests())
     assert len(said) == layout.model_parallel_size
-    assert all(same(one, [*expected, expected[0]]) for one in said)
+    assert all(same(completions, [*expected, expected[0]]) for completions, _ in said)
+    assert sum(sampled for _, sampled in said) == len(expected) + 1  # the ranks share the work
 
 
 def distribution(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Tensor:

@@ -22,6 +22,7 @@ from unisd_megatron.cli import main
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.checkpoints import import_folder
 from unisd_megatron.convert.source import load_stage, open_source
+from unisd_megatron.errors import CheckpointError
 from unisd_megatron.losses import token_log_probs
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
@@ -117,6 +118,17 @@ def test_verify_names_a_tensor_that_differs(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["9.766e-04", name]
     assert f"{len(tensors) - 1} of {len(tensors)} tensors equal" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.3.self_attn.k_proj.bias", "model.norm.weight"])
+def test_a_missing_tensor_is_named_on_every_rank_before_they_meet(
+    folders: dict[tuple[str, str], Path], tmp_path: Path, name: str
+) -> None:
+    tensors = tensors_of(folders["qwen2", "float32"])
+    del tensors[name]
+    save_folder(tmp_path / "lacking", folders["qwen2", "float32"], tensors.items())
+    with pytest.raises(CheckpointError, match=f"lacking: tensor {name} is missing"):
+        open_source(str(tmp_path / "lacking"), Layout(1, 2))
 
 
 def import_on_ranks(rank: int, group: Any, folder: str, target: Path, layout: Layout) -> None:

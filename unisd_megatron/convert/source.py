@@ -41,16 +41,16 @@ def open_source(model_name: str, layout: Layout | None = None) -> Source:
     path = resolve_folder(model_name)
     config = read_config(path)
     is_megatron = (path / SHARDS).is_dir()
-    if is_megatron:
-        if not (path / SHARDS / "metadata.json").is_file():
-            raise CheckpointError(f"{path}: not a complete Megatron checkpoint ({SHARDS}/metadata.json is missing)")
-    else:
-        HfFolder(path)
+    if is_megatron and not (path / SHARDS / "metadata.json").is_file():
+        raise CheckpointError(f"{path}: not a complete Megatron checkpoint ({SHARDS}/metadata.json is missing)")
     family = family_of(config)
     arch = family.arch(config)
+    mappings = family.mappings(arch)
+    if not is_megatron:  # on every rank for all tensors: a rank other than the first that lacks one would fail unheard
+        HfFolder(path).require(name for mapping in mappings for name in mapping.hf)
     layout = layout or Layout()
     arch.check_layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, model_name)
-    return Source(path, arch, family.mappings(arch), is_megatron, _stated_dtype(config))
+    return Source(path, arch, mappings, is_megatron, _stated_dtype(config))
 
 
 def _stated_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -54,10 +54,15 @@ class HfFolder:
     def names(self) -> list[str]:
         return list(self._files)
 
+    def require(self, names: Iterable[str]) -> None:
+        """Raises `CheckpointError` for the first name that is not held."""
+        for name in names:
+            if name not in self._files:
+                raise CheckpointError(f"{self.path}: tensor {name} is missing")
+
     def tensor(self, name: str) -> Tensor:
         """The full tensor in its stored dtype, on the CPU; `CheckpointError` names a missing one."""
-        if name not in self._files:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        self.require([name])
         with _open(self._files[name]) as stream:
             return stream.get_tensor(name)
 
