@@ -7,7 +7,9 @@ kept. `validation.validate` sees contradictions before any process group exists.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -296,23 +298,24 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
 
 def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
     kind, choices, optional = setting_type(cls, name)
+    stated = f"--{name}" if origin == "flag" else f"{origin}: {name}"
     if value is None:
         if optional:
             return None
-        raise ConfigError(f"{origin}: {name} must not be empty")
+        raise ConfigError(f"{stated} must not be empty")
     if choices is not None:
         if value not in choices:
-            raise ConfigError(f"{origin}: {name} is {value!r}; use one of {', '.join(choices)}")
+            raise ConfigError(f"{stated} is {value!r}; use one of {', '.join(choices)}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{stated} is {value}; expected a finite number")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{origin}: {name} is {value!r}; expected {kind.__name__}")
+        raise ConfigError(f"{stated} is {value!r}; expected {kind.__name__}")
     return value
 
 

@@ -60,7 +60,7 @@ def test_a_broken_line_is_named_with_its_number_and_reason(tmp_path: Path, broke
 
 def test_a_broken_entry_of_a_json_list_is_named_with_its_number(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.json", json.dumps([*ROWS, {"question": "Q"}]))
-    with pytest.raises(DataError, match="record 6: not a gsm8k record: field 'answer' is missing"):
+    with pytest.raises(DataError, match="record 6: not a record of gsm8k: field 'answer' is missing"):
         Gsm8k().load("train", path)
 
 

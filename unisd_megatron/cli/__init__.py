@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from unisd_megatron.errors import RequestError, UnisdError
@@ -13,11 +14,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand. Exit status: 0 done; 1 the work failed or a check did not hold; 2 the request was wrong."""
     from unisd_megatron.cli.parser import parse
 
-    leads = os.environ.get("RANK", "0") == "0"
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
         return request.command(request)
     except UnisdError as error:
-        if leads:
-            print(f"unisd: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Where rank 0 met the same error it says so and torchrun ends the others; else this rank must speak.
+            time.sleep(3)
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"unisd{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, RequestError) else 1

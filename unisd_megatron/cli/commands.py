@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd_megatron.config import Layout, resolve
-from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.errors import ConfigError
 from unisd_megatron.validation import validate
 
 
@@ -131,8 +131,10 @@ def evaluate(request: argparse.Namespace) -> int:
     task = TASKS[request.dataset]()
     records = task.load("test", request.data_path)[: request.max_examples]
     output = Path(request.output_dir) if request.output_dir else None
-    if output is not None and output.exists():
-        raise CheckpointError(f"{output}: exists already; remove it or choose another folder")
+    if output is not None:
+        from unisd_megatron.weights.hf import require_new_folder
+
+        require_new_folder(output)
     if request.references:
         answers = [
             {"id": r.id, "completion": task.reference(r), "correct": task.is_correct(r, task.reference(r))} for r in records

@@ -115,11 +115,13 @@ def _read_config(name: str) -> dict[str, Any]:
 
     try:
         content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # broken JSON and broken UTF-8 are ValueErrors
         raise ConfigError(f"--config {name}: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-        content = content["settings"]  # the run.json of an earlier run
-        content = {key: value for key, value in content.items() if key not in ("output_dir", "resume_from_checkpoint")}
+        # The run.json of an earlier run. What its mode brought comes back with the mode, or does not if another is asked for.
+        origins = content.get("origins", {})
+        dropped = {"output_dir", "resume_from_checkpoint"} | {name for name, origin in origins.items() if origin == "mode"}
+        content = {name: value for name, value in content["settings"].items() if name not in dropped}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {name}: expected settings as `name: value`")
     return {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -22,7 +22,7 @@ from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start, store
 from unisd_megatron.mcore.model import HiddenStateModel
 from unisd_megatron.weights import stream
-from unisd_megatron.weights.hf import HfFolder, copy_companions, save_folder
+from unisd_megatron.weights.hf import HfFolder, copy_companions, require_new_folder, save_folder
 
 LOGITS_TOLERANCE = 1e-4
 """Largest accepted difference of fp32 logits between `transformers` and Megatron."""
@@ -47,8 +47,7 @@ def import_folder(model_name: str, target: Path, layout: Layout) -> None:
     It loads at any layout, however it was written. Raises `CheckpointError` if `target` exists.
     """
     world = start.world_size_from_environment()
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    require_new_folder(target)
     source = open_source(model_name, layout)
     if world == 1:
         layout = Layout()  # the format is layout-free: one process writes what any layout reads
@@ -71,8 +70,7 @@ def import_folder(model_name: str, target: Path, layout: Layout) -> None:
 
 def export_folder(checkpoint: Path, target: Path) -> None:
     """Megatron distributed checkpoint -> Hugging Face folder in the dtype its config states. One process."""
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    require_new_folder(target)
     source = open_source(str(checkpoint))
     if not source.is_megatron:
         raise CheckpointError(f"{checkpoint}: a Hugging Face folder already; convert export reads Megatron checkpoints")

@@ -64,7 +64,10 @@ def load_tokenizer(source: Source) -> Any:
     """The folder's tokenizer; `ConfigError` if there is none or it has ids that the model lacks."""
     if not any((source.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{source.path}: no tokenizer (tokenizer.json or tokenizer.model)")
-    tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a broken file
+        raise ConfigError(f"{source.path}: its tokenizer cannot be loaded ({str(error)[:200]})") from error
     if len(tokenizer) > source.arch.vocab_size:
         raise ConfigError(
             f"{source.path}: the tokenizer has {len(tokenizer)} entries and the model only {source.arch.vocab_size}"

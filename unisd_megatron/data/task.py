@@ -102,7 +102,7 @@ class Task(ABC):
             return self.parse(row, index)
         except (KeyError, ValueError, TypeError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{where}: not a {self.name} record: {reason}") from error
+            raise DataError(f"{where}: not a record of {self.name}: {reason}") from error
 
     # The prompts the teacher reads. One form for right and wrong solutions.
 

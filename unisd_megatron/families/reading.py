@@ -26,6 +26,15 @@ def required(config: Mapping[str, Any], name: str) -> Any:
     return config[name]
 
 
+def whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive whole number of the config; `ConfigError` names the key otherwise."""
+    value = required(config, name) if default is None else config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config.json: {name} is {value!r}; expected a positive whole number")
+    return value
+
+
 def rope_settings(config: Mapping[str, Any]) -> Rope:
     """RoPE from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     stated = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -49,18 +58,18 @@ def base_arch(config: Mapping[str, Any], *, family: str, rope: Rope, qkv_bias: b
     """The dimensions that Llama-shaped configs share."""
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"config.json: hidden_act {config['hidden_act']!r} is not covered; only silu is")
-    heads = int(required(config, "num_attention_heads"))
-    hidden = int(required(config, "hidden_size"))
+    heads = whole(config, "num_attention_heads")
+    hidden = whole(config, "hidden_size")
     return Arch(
         family=family,
-        num_layers=int(required(config, "num_hidden_layers")),
+        num_layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=int(required(config, "intermediate_size")),
+        ffn_hidden_size=whole(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        vocab_size=int(required(config, "vocab_size")),
-        max_position=int(required(config, "max_position_embeddings")),
+        num_query_groups=whole(config, "num_key_value_heads", heads),
+        head_dim=whole(config, "head_dim", hidden // heads),
+        vocab_size=whole(config, "vocab_size"),
+        max_position=whole(config, "max_position_embeddings"),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         rope_base=rope.base,
         rope_scaling=rope.scaling,

@@ -42,6 +42,9 @@ def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
         yield make_grid(platform, layout, seed)
     finally:
         if ours:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()  # else a process forked from this one would take its groups for alive
             dist.destroy_process_group()
 
 

@@ -38,7 +38,10 @@ class ReplayEngine:
         path = rollout_file(self._folder, self._step)
         if not path.is_file():
             raise DataError(f"{path}: no recording of step {self._step}")
-        recorded = {row["seed"]: row for row in map(json.loads, path.read_text().splitlines())}
+        try:
+            recorded = {row["seed"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a recording of completions ({error})") from error
         out = []
         for request in requests:
             row = recorded.get(request.seed)

@@ -66,6 +66,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
         seed=run.schedule.seed,
     )
     prompts, too_long = encode_examples(tokenizer, examples, run.data.max_prompt_length)
+    _check_length(prompts, run, source)
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
@@ -75,6 +76,15 @@ def prepare(run: Run, world_size: int) -> Prepared:
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
+
+
+def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:
+    longest = max(len(ids) for one in prompts for ids in one.views.values())
+    if longest + run.rollout.max_completion_length > source.arch.max_position:
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and completions of up to {run.rollout.max_completion_length} exceed the "
+            f"{source.arch.max_position} positions of {run.model_name}; lower --max_prompt_length or --max_completion_length"
+        )
 
 
 def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Parts:

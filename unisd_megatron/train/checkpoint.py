@@ -21,7 +21,7 @@ import torch.distributed as dist
 from unisd_megatron.config import RESUME_MAY_CHANGE, Run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.train.step import Learner
-from unisd_megatron.weights.hf import copy_companions, resolve_folder
+from unisd_megatron.weights.hf import copy_companions, read_json, resolve_folder
 
 _NAME = re.compile(r"step_(\d+)")
 
@@ -54,7 +54,10 @@ def read_state(path: Path) -> dict[str, Any]:
     for needed in ("state.json", "shards/metadata.json"):
         if not (path / needed).is_file():
             raise CheckpointError(f"{path}: not a complete checkpoint ({needed} is missing)")
-    return json.loads((path / "state.json").read_text())
+    state = read_json(path / "state.json")
+    if not {"steps_done", "clip_ceiling", "settings"} <= state.keys():
+        raise CheckpointError(f"{path}/state.json: not written by this program")
+    return state
 
 
 def check_same_run(state: dict[str, Any], run: Run, path: Path) -> None:

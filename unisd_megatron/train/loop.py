@@ -24,7 +24,7 @@ from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_fi
 from unisd_megatron.train.metrics import Journal
 from unisd_megatron.train.step import Parts, Report, train_step
 from unisd_megatron.weights import stream
-from unisd_megatron.weights.hf import save_folder
+from unisd_megatron.weights.hf import require_new_folder, save_folder
 
 
 def train(run: Run) -> None:
@@ -70,6 +70,8 @@ def _check_output(run: Run) -> tuple[Path, Path | None]:
             raise CheckpointError(
                 f"{output}: not empty; choose a new --output_dir, or continue that run with --resume_from_checkpoint latest"
             )
+        if not output.exists():
+            require_new_folder(output)
         return output, None
     path = checkpoint.find(output, run.schedule.resume_from_checkpoint)
     checkpoint.check_same_run(checkpoint.read_state(path), run, path)

@@ -34,7 +34,9 @@ class HfFolder:
     def _locate(self) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise CheckpointError(f"{index}: no weight_map")
             files = {name: self.path / file for name, file in names.items()}
         elif (self.path / "model.safetensors").is_file():
             single = self.path / "model.safetensors"
@@ -64,7 +66,12 @@ class HfFolder:
         """The full tensor in its stored dtype, on the CPU; `CheckpointError` names a missing one."""
         self.require([name])
         with _open(self._files[name]) as stream:
-            return stream.get_tensor(name)
+            try:
+                return stream.get_tensor(name)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{self._files[name]}: tensor {name} is missing, though the index names it here"
+                ) from error
 
 
 def _open(path: Path) -> Any:
@@ -74,15 +81,24 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; `CheckpointError` names the file if it is missing, broken or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a folder; `CheckpointError` if it is missing or broken."""
-    file = path / "config.json"
-    if not file.is_file():
+    if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; give a Hugging Face checkpoint folder or a hub id")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
+    return read_json(path / "config.json")
 
 
 def resolve_folder(model_name: str) -> Path:
@@ -97,7 +113,7 @@ def resolve_folder(model_name: str) -> Path:
 
     try:
         return Path(snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not a valid id
         raise CheckpointError(f"{model_name}: no such folder, and the hub does not give it ({type(error).__name__})") from error
 
 
@@ -105,10 +121,19 @@ def eos_ids(path: Path) -> tuple[int, ...]:
     """The end-of-sequence set: `generation_config.json`'s, else `config.json`'s; `ConfigError` if neither has one."""
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            value = json.loads((path / name).read_text()).get("eos_token_id")
+            value = read_json(path / name).get("eos_token_id")
             if value is not None:
                 return tuple(value) if isinstance(value, list) else (int(value),)
     raise ConfigError(f"{path}: no eos_token_id in generation_config.json or config.json; completions could never end")
+
+
+def require_new_folder(target: Path) -> None:
+    """Raises `CheckpointError` if `target` exists or could not be created."""
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{target}: cannot be created, because {parent} is not a folder that can be written to")
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -130,8 +155,7 @@ def save_folder(
     Complete or not there: everything is written to `target` + ".partial" and renamed at the end. Raises
     `CheckpointError` if `target` exists.
     """
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    require_new_folder(target)
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

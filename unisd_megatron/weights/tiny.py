@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from unisd_megatron.errors import CheckpointError
 from unisd_megatron.families import FAMILIES
+from unisd_megatron.weights.hf import require_new_folder
 
 # Under these names AutoTokenizer loads what was saved: beside a `qwen2` config it makes a Qwen2Tokenizer of any folder,
 # which would otherwise add an `<|endoftext|>` of its own outside the embedding.
@@ -49,8 +49,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_tiny(family: str, folder: Path, seed: int) -> None:
     """Writes the model and the tokenizer; complete or not there. `CheckpointError` if the folder exists."""
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists already; remove it or choose another folder")
+    require_new_folder(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = tiny_model(family, seed)
