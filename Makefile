@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 TORCH_INDEX ?=
+# The rollout engine of the demo; more engines will be names here.
+ENGINE ?= transformers
+ifneq ($(ENGINE),transformers)
+$(error ENGINE=$(ENGINE): this version generates with `transformers` only)
+endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One thread per process: two processes share two cores. The malloc settings keep freed buffers mapped (a quarter

@@ -38,7 +38,7 @@ setup(
         "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "transformers==5.19.0"],
         "data": ["datasets>=4"],
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
-        "vllm": ["vllm>=0.20"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["unisd=unisd_megatron.cli:main"]},

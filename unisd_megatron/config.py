@@ -222,7 +222,7 @@ GROUPS: dict[str, type] = {
 }
 
 RESUME_MAY_CHANGE = frozenset(
-    {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16"}
+    {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
     | {"output_dir", "save_steps", "save_total_limit", "eval_steps", "eval_examples", "eval_data_path"}
     | {
         "resume_from_checkpoint",
@@ -335,6 +335,7 @@ def _refuse_idle_flags(run: Run) -> None:
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
+        (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),
         (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),
     ]
     flat = run.flat()

@@ -32,6 +32,7 @@ def _validate_objective(run: Run) -> None:
 
 
 def _validate_needs(run: Run) -> None:
+    _validate_own_mechanism(run)
     if run.data.dataset is None:
         raise ConfigError("--dataset is missing; use addition, gsm8k or mbpp")
     if run.schedule.output_dir is None:
@@ -61,6 +62,22 @@ def _validate_needs(run: Run) -> None:
                 f"the EMA teacher needs --ref_model_sync_steps of at least 1 "
                 f"and --ref_model_mixup_beta in [0, 1); got {steps} and {beta}"
             )
+
+
+def _validate_own_mechanism(run: Run) -> None:
+    """A mode that is named after one mechanism has that mechanism on; `unisd_star` may go without some of its own."""
+    objective = run.objective
+    holds, flag = {
+        "ema": (run.teacher.teacher == "ema", "--teacher ema"),
+        "contrastive": (objective.contrastive_weight > 0, "a positive --contrastive_weight"),
+        "match_joint": ((objective.final_layer_distill_weight or 0.0) > 0, "a positive --final_layer_distill_weight"),
+        "match_repr": ((objective.final_layer_distill_weight or 0.0) > 0, "a positive --final_layer_distill_weight"),
+        "clip": (objective.token_clip is not None or objective.token_clip_quantile is not None, "a ceiling"),
+    }.get(run.mode, (True, ""))
+    if run.mode.startswith("agreement"):
+        holds, flag = (objective.gamma_agreement or 0.0) > 0, "a positive --gamma_agreement"
+    if not holds:
+        raise ConfigError(f"--mode {run.mode} without its mechanism is another mode; give it {flag}, or use --mode vanilla")
 
 
 def _validate_ranges(run: Run) -> None:

@@ -128,7 +128,7 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "quantile": ({"--token_clip_quantile": "1"}, ["--token_clip_quantile is 1.0"]),
     "temperature": ({"--temperature": "0"}, ["--temperature must be positive"]),
     "prompts too long": ({"--max_prompt_length": "5"}, ["all 16 examples", "--max_prompt_length 5", "46 tokens"]),
-    "no recording": ({"--rollout": "replay", "--replay_path": "absent"}, ["absent", "no such folder of recorded rollouts"]),
+    "no recording": ({"--rollout": "replay", "--replay_path": "absent"}, ["absent", "no completions recorded for step 0"]),
     "no replay path": ({"--rollout": "replay"}, ["--rollout replay needs --replay_path"]),
     "no checkpoint": ({"--resume_from_checkpoint": "absent"}, ["absent", "not a complete checkpoint"]),
     "no latest": ({"--resume_from_checkpoint": "latest"}, ["run: no complete checkpoint to resume from"]),

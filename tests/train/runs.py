@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 from world import World
 
 from unisd_megatron.config import resolve
+from unisd_megatron.errors import UnisdError
 from unisd_megatron.train.loop import train
 from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import write_tiny
-
-DATA = Path(os.environ.get("UNISD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 _TINY = tempfile.TemporaryDirectory(prefix="unisd-tiny-")
 TINY = Path(_TINY.name) / "tiny"  # four layers, written by the first run of the session
@@ -37,24 +34,27 @@ STAR: dict[str, Any] = {
 }
 
 
-def data_file(name: str) -> str:
-    """A benchmark file, or a skip with the reason."""
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not here; set UNISD_DATA to the folder that holds it")
-    return str(path)
-
-
 def one_run(rank: int, group: Any, flags: dict[str, Any]) -> None:
     """On every rank of the pool."""
     train(resolve(flags, {}))
+
+
+def outcome_of_run(rank: int, group: Any, flags: dict[str, Any]) -> UnisdError | None:
+    """A refusal that all ranks agree on is an answer, and the pool lives on."""
+    try:
+        one_run(rank, group, flags)
+    except UnisdError as error:
+        return error
+    return None
 
 
 def run(world: World, size: int, output: Path, **flags: Any) -> list[dict[str, Any]]:
     """Trains on `size` ranks and returns the recorded metrics."""
     if not TINY.exists():
         write_tiny("qwen2", TINY, seed=0)
-    world.run(size, one_run, {**QUICK, **flags, "output_dir": str(output)}, timeout_s=200)
+    outcomes = world.run(size, outcome_of_run, {**QUICK, **flags, "output_dir": str(output)}, timeout_s=200)
+    if outcomes[0] is not None:
+        raise outcomes[0]
     return read_metrics(output)
 
 

@@ -85,3 +85,50 @@ def test_half_written_and_foreign_checkpoints_are_refused(world: World, unbroken
 def test_old_checkpoints_go_and_the_newest_stays(world: World, tmp_path: Path) -> None:
     run(world, 1, tmp_path / "run", mode="vanilla", save_steps=1, save_total_limit=2, max_steps=4)
     assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step_000003", "step_000004"]
+
+
+def test_an_older_checkpoint_starts_a_new_course(world: World, unbroken: Path, tmp_path: Path) -> None:
+    """Later checkpoints of the abandoned course are set aside, and the newest of the new one is never pruned."""
+    output = tmp_path / "run"
+    shutil.copytree(unbroken, output)
+    older = output / "checkpoints" / "step_000003"
+    flags = {**STAR, **KEEP, "save_total_limit": 1, "save_steps": 1, "max_steps": 6, "resume_from_checkpoint": str(older)}
+    run(world, 1, output, **flags)
+    assert [path.name for path in checkpoint.complete(output)] == ["step_000006"]
+    assert (output / "checkpoints" / "step_000006.superseded").is_dir()
+
+
+def test_a_checkpoint_does_not_resume_into_a_folder_of_something_else(world: World, unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "other" / "hf").mkdir(parents=True)
+    path = str(unbroken / "checkpoints" / "step_000003")
+    with pytest.raises(CheckpointError, match="not of its run"):
+        run(world, 1, tmp_path / "other", **STAR, **KEEP, max_steps=6, resume_from_checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_train_examples": 32}, "num_train_examples"), ({"use_distributed_optimizer": True}, "use_distributed_optimizer")],
+)
+def test_another_run_is_not_resumed(world: World, unbroken: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(world, 1, unbroken, **STAR, **KEEP, **change, max_steps=6, resume_from_checkpoint="latest")
+
+
+def test_other_data_under_the_same_name_is_not_resumed(world: World, tmp_path: Path) -> None:
+    rows = [json.dumps({"a": a, "b": 7}) + "\n" for a in range(100)]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    flags = {"mode": "vanilla", "data_path": str(tmp_path / "data.jsonl"), "max_steps": 1}
+    run(world, 1, tmp_path / "run", **flags)
+    (tmp_path / "data.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(ConfigError, match="was written with data"):
+        run(world, 1, tmp_path / "run", **flags, resume_from_checkpoint="latest")
+
+
+def test_evaluations_after_the_checkpoint_are_made_anew(world: World, tmp_path: Path) -> None:
+    flags = {"mode": "vanilla", "eval_steps": 1, "eval_examples": 4, "save_steps": 1, "save_total_limit": 0, "max_steps": 2}
+    run(world, 1, tmp_path / "run", **flags)
+    output = broken_before_the_last(tmp_path / "run", tmp_path / "resumed")
+    run(world, 1, output, **flags, resume_from_checkpoint="latest")
+    rows = (output / "evaluations.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in rows.splitlines()] == [0, 1, 2]
+    assert rows == (tmp_path / "run" / "evaluations.jsonl").read_text()

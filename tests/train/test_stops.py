@@ -50,6 +50,11 @@ def infinite_feature_in_step_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_compare", broken)
 
 
+def infinite_auxiliary_log_prob(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = step.sampled_log_probs
+    monkeypatch.setattr(step, "sampled_log_probs", lambda *args, **kwargs: honest(*args, **kwargs) * torch.nan)
+
+
 def stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = TransformersEngine.refresh
 
@@ -73,6 +78,13 @@ def test_a_loss_that_is_not_finite(world: World, tmp_path: Path) -> None:
     assert messages[0] == messages[1]
     assert messages[0].startswith("step 2: not finite: feature distance (rank 0)")
     assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["step_000002"]
+
+
+def test_an_agreement_that_is_not_finite(world: World, tmp_path: Path) -> None:
+    flags = {**FLAGS, "mode": "agreement_tok_random", "num_auxiliary_contexts": 2, "output_dir": str(tmp_path / "run")}
+    messages = world.run(2, message_of_stop, flags, infinite_auxiliary_log_prob, timeout_s=120)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("step 0: not finite: agreement weights (rank 0)")
 
 
 def test_an_engine_with_stale_weights(world: World, tmp_path: Path) -> None:

@@ -118,9 +118,10 @@ def _read_config(name: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:  # broken JSON and broken UTF-8 are ValueErrors
         raise ConfigError(f"--config {name}: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-        # The run.json of an earlier run. What its mode brought comes back with the mode, or does not if another is asked for.
-        origins = content.get("origins", {})
-        dropped = {"output_dir", "resume_from_checkpoint"} | {name for name, origin in origins.items() if origin == "mode"}
+        # The run.json of an earlier run: what was asked for. Defaults and what its mode brought come back by themselves, or
+        # with another mode do not.
+        unasked = {name for name, origin in content.get("origins", {}).items() if origin in ("mode", "default")}
+        dropped = {"output_dir", "resume_from_checkpoint"} | unasked - {"mode", "model_name"}
         content = {name: value for name, value in content["settings"].items() if name not in dropped}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {name}: expected settings as `name: value`")
@@ -167,7 +168,6 @@ def _add_parity(subparsers: Any) -> None:
     _add_layout(layout)
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")
-    flag(layout, "use_distributed_optimizer", action="store_true", help="shard optimizer state over data-parallel ranks")
     flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
     flag(layout, "family", default="qwen2", choices=["qwen2", "llama"], help="model family of the tiny model (qwen2)")
     flag(

@@ -16,7 +16,7 @@ from torch import Tensor
 from unisd_megatron.batch import View
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.source import SHARDS, Source, load_stage, open_source
-from unisd_megatron.errors import CheckpointError
+from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start, store
@@ -60,7 +60,7 @@ def import_folder(model_name: str, target: Path, layout: Layout) -> None:
         if grid.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / SHARDS).mkdir(parents=True)
-            copy_companions(source.path, partial)
+            copy_companions(source.path, partial, source.dtype)
         dist.barrier()
         store.save(partial / SHARDS, model)
         dist.barrier()
@@ -70,6 +70,7 @@ def import_folder(model_name: str, target: Path, layout: Layout) -> None:
 
 def export_folder(checkpoint: Path, target: Path) -> None:
     """Megatron distributed checkpoint -> Hugging Face folder in the dtype its config states. One process."""
+    _require_one_process("convert export")
     require_new_folder(target)
     source = open_source(str(checkpoint))
     if not source.is_megatron:
@@ -78,6 +79,11 @@ def export_folder(checkpoint: Path, target: Path) -> None:
         model = load_stage(source, _layout(source), platform, grid)
         tensors = stream.full_tensors(model.named_shards(), source.mappings, grid)
         save_folder(target, source.path, tensors, dtype=source.dtype)
+
+
+def _require_one_process(command: str) -> None:
+    if start.world_size_from_environment() > 1:
+        raise ConfigError(f"{command} runs in one process; start it without torchrun")
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Comparison:
 
 def compare_checkpoints(model_name: str, against: Path) -> Comparison:
     """A Hugging Face checkpoint against a Megatron or Hugging Face one. One process."""
+    _require_one_process("verify")
     ours, other = open_source(model_name), open_source(str(against))
     if ours.is_megatron:
         raise CheckpointError(f"{model_name}: --model_name is the Hugging Face side; give the Megatron folder to --against")

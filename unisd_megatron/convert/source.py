@@ -30,7 +30,7 @@ class Source:
     arch: Arch
     mappings: list[Mapping]
     is_megatron: bool
-    dtype: torch.dtype  # that the folder states for its weights
+    dtype: torch.dtype  # of the weights
 
 
 def open_source(model_name: str, layout: Layout | None = None) -> Source:
@@ -46,11 +46,14 @@ def open_source(model_name: str, layout: Layout | None = None) -> Source:
     family = family_of(config)
     arch = family.arch(config)
     mappings = family.mappings(arch)
+    dtype = _stated_dtype(config)
     if not is_megatron:  # on every rank for all tensors: a rank other than the first that lacks one would fail unheard
-        HfFolder(path).require(name for mapping in mappings for name in mapping.hf)
+        folder = HfFolder(path)
+        folder.require(name for mapping in mappings for name in mapping.hf)
+        dtype = folder.dtype()
     layout = layout or Layout()
     arch.check_layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, model_name)
-    return Source(path, arch, mappings, is_megatron, _stated_dtype(config))
+    return Source(path, arch, mappings, is_megatron, dtype)
 
 
 def _stated_dtype(config: dict[str, Any]) -> torch.dtype:

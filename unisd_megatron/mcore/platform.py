@@ -54,6 +54,8 @@ def check_megatron() -> str:
         raise MissingDependency(
             f"megatron-core {version} is too {age}; 0.16.1 to 0.19.2 are supported: pip install 'megatron-core==0.16.1'"
         )
+    if numbers >= (0, 17) and importlib.util.find_spec("triton") is None:
+        raise MissingDependency(f"megatron-core {version} needs triton even without a GPU; pip install triton")
     if importlib.util.find_spec("psutil") is None:
         raise MissingDependency(
             "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"

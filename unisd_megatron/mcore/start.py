@@ -34,7 +34,7 @@ def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
     if ours:
         if platform.backend == "nccl":
             torch.cuda.set_device(platform.device)
-        if "MASTER_ADDR" in os.environ:
+        if "RANK" in os.environ:
             dist.init_process_group(_backends(platform), timeout=TIMEOUT)
         else:
             dist.init_process_group(_backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

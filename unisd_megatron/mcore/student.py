@@ -53,16 +53,16 @@ class Student:
         self.optimizer.zero_grad()
         schedule.learn(self._ddp, views, loss, self.grid)
 
-    def step(self, number: int) -> tuple[float, float]:
-        """Applies the gradients as optimizer step `number` (from 0); `(gradient norm before clipping, learning rate)`."""
+    def step(self, number: int) -> float:
+        """Applies the gradients as optimizer step `number` (from 0); returns its learning rate. Collective over all ranks."""
         self._scheduler.num_steps = number + 1
         self._scheduler.step(0)
         rate = self._scheduler.get_lr(self.optimizer.param_groups[0])
-        _, norm, _ = self.optimizer.step()
-        return float(norm or 0.0), float(rate)
+        self.optimizer.step()
+        return float(rate)
 
     def gradient_norm(self) -> float:
-        """The global norm that clipping uses, over all parameters of all ranks. Collective over the replica."""
+        """The global norm before clipping, over all parameters of all ranks. Collective over all ranks."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 

@@ -12,6 +12,7 @@ tensor-parallel ranks, on the last pipeline stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -175,6 +176,7 @@ class Objective:
         """This micro-batch's share of the step's loss (a scalar with a gradient to the student); metrics go to `tally`."""
         settings, mask = self.settings, shares.heard.mask.float()
         tally.check_finite("divergence", stats.divergence)
+        tally.check_finite("agreement weights", shares.weights * mask)
         terms = {}
         if settings.divergence_weight:
             divergence = self._clip(stats.divergence, shares.heard.mask, tally)
@@ -189,6 +191,7 @@ class Objective:
             tally.add_mean("matching/distance", feature, shares.heard.mask)
             terms["loss/matching"] = settings.matching_weight * (shares.plain * self._per_sequence(feature, mask)).sum()
         loss = torch.stack(list(terms.values())).sum()
+        tally.check_finite("loss", loss)
         tally.add_sum("loss", loss.detach())
         if len(terms) > 1:
             for name, value in terms.items():
@@ -254,7 +257,8 @@ class Objective:
         ceiling = masked_quantile(
             values, torch.ones_like(values, dtype=torch.bool), self.settings.token_clip_quantile, self.data.group
         )
-        self.ceiling = max(float(ceiling), 1e-6)
+        if math.isfinite(float(ceiling)):  # infinite: nothing was kept in this step, and the last ceiling stays
+            self.ceiling = max(float(ceiling), 1e-6)
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

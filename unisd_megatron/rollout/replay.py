@@ -18,6 +18,13 @@ def rollout_file(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.jsonl"
 
 
+def require_recordings(folder: Path, steps: Iterable[int]) -> None:
+    """Raises `DataError` for the first step of a run that was not recorded."""
+    for step in steps:
+        if not rollout_file(folder, step).is_file():
+            raise DataError(f"{folder}: no completions recorded for step {step}")
+
+
 class ReplayEngine:
     """Answers each request with the recorded completion of the same step and seed; weights are ignored."""
 

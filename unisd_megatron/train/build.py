@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,12 @@ class Prepared:
     prompts: list[Prompts]
     max_steps: int
     notes: list[str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes the run itself beside its settings, as checkpoints record it."""
+        digest = hashlib.sha256(repr([(one.id, sorted(one.views.items())) for one in self.prompts]).encode()).hexdigest()
+        return {"data": digest[:16], "max_steps": self.max_steps}
 
 
 def prepare(run: Run, world_size: int) -> Prepared:

@@ -55,21 +55,27 @@ def read_state(path: Path) -> dict[str, Any]:
         if not (path / needed).is_file():
             raise CheckpointError(f"{path}: not a complete checkpoint ({needed} is missing)")
     state = read_json(path / "state.json")
-    if not {"steps_done", "clip_ceiling", "settings"} <= state.keys():
+    if not {"steps_done", "clip_ceiling", "identity", "settings"} <= state.keys():
         raise CheckpointError(f"{path}/state.json: not written by this program")
     return state
 
 
-def check_same_run(state: dict[str, Any], run: Run, path: Path) -> None:
-    """Raises `ConfigError` where a setting that shapes the run differs from the checkpoint's."""
+def check_same_run(state: dict[str, Any], run: Run, identity: dict[str, Any], path: Path) -> None:
+    """Raises `ConfigError` where a setting, the data or the number of steps differs from the checkpoint's."""
     for name, value in run.flat().items():
         before = state["settings"].get(name, value)
         if name not in RESUME_MAY_CHANGE and before != value:
             raise ConfigError(f"{path} was written with --{name} {before}; this run has {value}. Resume with the same settings")
+    for name, value in identity.items():
+        if state["identity"].get(name) != value:
+            raise ConfigError(f"{path} was written with {name} {state['identity'].get(name)}; this run has {value}")
 
 
-def save(learner: Learner, run: Run, steps_done: int) -> Path:
-    """Writes the checkpoint of `steps_done` optimizer steps and drops the oldest beyond the limit. Collective."""
+def save(learner: Learner, run: Run, identity: dict[str, Any], steps_done: int) -> Path:
+    """Writes the checkpoint of `steps_done` optimizer steps and drops the oldest beyond the limit. Collective.
+
+    Args: identity: what makes the run itself beside its settings (digest of the data, number of steps).
+    """
     from unisd_megatron.mcore import store
 
     assert run.schedule.output_dir is not None
@@ -83,21 +89,41 @@ def save(learner: Learner, run: Run, steps_done: int) -> Path:
     store.save(partial / "shards", learner.student.model, learner.student, learner.teacher)
     dist.barrier()
     if leads:
-        state = {"steps_done": steps_done, "clip_ceiling": learner.objective.ceiling, "settings": run.flat()}
-        copy_companions(resolve_folder(run.model_name), partial)  # so that it opens like any checkpoint
+        copy_companions(resolve_folder(run.model_name), partial, learner.student.model.config.params_dtype)
+        state = {
+            "steps_done": steps_done,
+            "clip_ceiling": learner.objective.ceiling,
+            "identity": identity,
+            "settings": run.flat(),
+        }
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        if final.exists():  # the run was resumed from an older checkpoint and has come here again
-            replaced = final.with_name(final.name + ".replaced.partial")
-            final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(final)
-        if run.schedule.save_total_limit:
-            for old in complete(Path(run.schedule.output_dir))[: -run.schedule.save_total_limit]:
-                shutil.rmtree(old)
+        partial.rename(final)
+        _prune(final, run.schedule.save_total_limit)
     dist.barrier()
     return final
+
+
+def set_aside_later(output_dir: Path, steps_done: int) -> None:
+    """Renames checkpoints beyond a step that a run is resumed from: they belong to a course that is not continued."""
+    for path in complete(output_dir):
+        if int(path.name.removeprefix("step_")) > steps_done:
+            _remove(path.with_name(path.name + ".superseded"))
+            path.rename(path.with_name(path.name + ".superseded"))
+
+
+def _prune(newest: Path, limit: int) -> None:
+    others = [path for path in complete(newest.parent.parent) if path != newest]
+    for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder that must never be seen half deleted under its own name."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def restore(path: Path, learner: Learner) -> int:

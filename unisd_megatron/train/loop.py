@@ -18,10 +18,10 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.rollout.engine import sequence_seed
-from unisd_megatron.rollout.replay import rollout_file
+from unisd_megatron.rollout.replay import require_recordings, rollout_file
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
-from unisd_megatron.train.metrics import Journal
+from unisd_megatron.train.metrics import EVALUATIONS, Journal, rewrite_rows
 from unisd_megatron.train.step import Parts, Report, train_step
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.hf import require_new_folder, save_folder
@@ -36,10 +36,14 @@ def train(run: Run) -> None:
     platform = platforms.choose()
     world_size = start.world_size_from_environment()
     prepared = prepare(run, world_size)
-    output, resume = _check_output(run)
+    output, resume = _check_output(run, prepared)
+    first = int(checkpoint.read_state(resume)["steps_done"]) if resume is not None else 0
+    if run.rollout.rollout == "replay":
+        require_recordings(Path(run.rollout.replay_path or ""), range(first, prepared.max_steps))
     with start.world(platform, run.layout, run.schedule.seed) as grid:
         parts = assemble(run, prepared, platform, grid)
-        first = checkpoint.restore(resume, parts.learner) if resume is not None else 0
+        if resume is not None:
+            checkpoint.restore(resume, parts.learner)
         dist.barrier()
         journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
         try:
@@ -54,6 +58,8 @@ def train(run: Run) -> None:
 def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platform: str, resume: Path | None) -> Journal:
     """Creates the run's folder; from here on something is written. Rank 0 only."""
     output.mkdir(parents=True, exist_ok=True)
+    checkpoint.set_aside_later(output, first)
+    rewrite_rows(output / EVALUATIONS, lambda row: row["step"] < first)
     write_run_file(run, output, _versions(platform))
     journal = Journal(output, first, prepared.max_steps)
     for line in [platform, *prepared.notes, *([f"resumed from {resume}, step {first}"] if resume else [])]:
@@ -61,7 +67,7 @@ def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platfo
     return journal
 
 
-def _check_output(run: Run) -> tuple[Path, Path | None]:
+def _check_output(run: Run, prepared: Prepared) -> tuple[Path, Path | None]:
     """The run's folder and the checkpoint to resume from; `CheckpointError` if the folder holds another run."""
     assert run.schedule.output_dir is not None
     output = Path(run.schedule.output_dir)
@@ -74,9 +80,10 @@ def _check_output(run: Run) -> tuple[Path, Path | None]:
             require_new_folder(output)
         return output, None
     path = checkpoint.find(output, run.schedule.resume_from_checkpoint)
-    checkpoint.check_same_run(checkpoint.read_state(path), run, path)
-    if (output / "run.json").is_file() and path.resolve().parent.parent != output.resolve():
-        raise CheckpointError(f"{output}: holds another run than the checkpoint {path}; choose a new --output_dir")
+    checkpoint.check_same_run(checkpoint.read_state(path), run, prepared.identity, path)
+    elsewhere = path.resolve().parent.parent != output.resolve()
+    if elsewhere and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: not empty, and the checkpoint {path} is not of its run; choose a new --output_dir")
     return output, path
 
 
@@ -91,9 +98,9 @@ def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: 
         if schedule.save_rollouts:
             _record_rollouts(parts, report, step, output)
         if schedule.save_steps and (step + 1) % schedule.save_steps == 0 and step + 1 < prepared.max_steps:
-            checkpoint.save(parts.learner, parts.run, step + 1)
+            checkpoint.save(parts.learner, parts.run, prepared.identity, step + 1)
     if first < prepared.max_steps:
-        checkpoint.save(parts.learner, parts.run, prepared.max_steps)
+        checkpoint.save(parts.learner, parts.run, prepared.identity, prepared.max_steps)
     if schedule.eval_steps:
         _evaluate(parts, prepared, prepared.max_steps, output, journal)
 
@@ -107,7 +114,7 @@ def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, j
     score = accuracy(answer(prepared.task, records, prepared.tokenizer, parts.engine, greedy, grid))
     if journal is not None:
         journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(records)}")
-        with (output / "evaluations.jsonl").open("a", encoding="utf-8") as stream_:
+        with (output / EVALUATIONS).open("a", encoding="utf-8") as stream_:
             stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(records)}) + "\n")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class Journal:
@@ -19,8 +19,7 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(folder) if row["step"] < first_step] if self._path.is_file() else []
-        _write_lines(self._path, kept)
+        rewrite_rows(self._path, lambda row: row["step"] < first_step)
         self._stream = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", desc="train", dynamic_ncols=True)
@@ -46,18 +45,22 @@ class Journal:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The recorded steps of a run, in order; a line cut short by a kill is left out."""
+    return _read_rows(folder / METRICS_FILE)
+
+
+def rewrite_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the rows of a JSONL file that are not to be kept, and whatever a kill cut short."""
+    if path.is_file():
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in _read_rows(path) if keep(row)), encoding="utf-8")
+        partial.replace(path)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-        if math.isfinite(row.get("step", math.nan)):
-            rows.append(row)
     return rows
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)

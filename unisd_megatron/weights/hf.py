@@ -62,6 +62,16 @@ class HfFolder:
             if name not in self._files:
                 raise CheckpointError(f"{self.path}: tensor {name} is missing")
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored weights, read from a file's header; the config may state another."""
+        name = next(iter(self._files))
+        with _open(self._files[name]) as stream:
+            stored = stream.get_slice(name).get_dtype()
+        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        if stored not in known:
+            raise CheckpointError(f"{self._files[name]}: weights of dtype {stored}; float32, bfloat16 and float16 are read")
+        return known[stored]
+
     def tensor(self, name: str) -> Tensor:
         """The full tensor in its stored dtype, on the CPU; `CheckpointError` names a missing one."""
         self.require([name])
@@ -136,11 +146,15 @@ def require_new_folder(target: Path) -> None:
         raise CheckpointError(f"{target}: cannot be created, because {parent} is not a folder that can be written to")
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies configuration and tokenizer files, everything that is not weights."""
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copies configuration and tokenizer files, everything that is not weights; config.json then states `dtype`."""
     for name in _COMPANIONS.split():
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if dtype is not None:
+        config = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_folder(
@@ -160,12 +174,7 @@ def save_folder(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    copy_companions(source, partial)
-    if dtype is not None:
-        config = json.loads((source / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_companions(source, partial, dtype)
     _write_shards(partial, tensors, dtype, shard_bytes)
     os.replace(partial, target)
 
