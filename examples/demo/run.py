@@ -27,7 +27,7 @@ def main() -> int:
     args = parser.parse_args()
     output = args.output_dir or ROOT / "runs" / f"demo-seed{args.seed}"
     if output.exists():
-        print(f"{output}: exists already; remove it or choose another --output_dir", file=sys.stderr)
+        print(f"{output}: exists already; remove it, or choose another seed (make demo SEED=n)", file=sys.stderr)
         return 2
     began = time.time()
     launch("train", "--config", HERE / "demo.yaml", "--seed", args.seed, "--output_dir", output, processes=2)

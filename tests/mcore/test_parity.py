@@ -54,7 +54,10 @@ def test_llama_untied_scaled_rope(world: World) -> None:
 def materialized(rig: Rig) -> float:
     """Worst difference between the two ways of reading the vocabulary, loss and gradients."""
     worst = 0.0
-    for (_, fused), (_, plain) in zip(cases("fused"), cases("materialized"), strict=True):
+    compared = {"vanilla", "reverse KL", "unisd_star, JSD 0.5, clip 0.2", "match_repr"}
+    for (name, fused), (_, plain) in zip(cases("fused"), cases("materialized"), strict=True):
+        if name not in compared:
+            continue
         loss, gradients, _ = rig.gradients(fused, rig.samples)
         other_loss, others, _ = rig.gradients(plain, rig.samples)
         scale = total_norm(others)
