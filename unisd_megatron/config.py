@@ -342,6 +342,6 @@ def _refuse_idle_flags(run: Run) -> None:
     defaults = {item.name: item.default for _, item in all_settings()}
     for off, names, switch in idle:
         for name in sorted(names & asked):
-            # A file written by an earlier run states every setting; only a value that differs from the default asks.
+            # A file may state a default for the record; only a value that differs from it asks for something.
             if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
                 raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")
