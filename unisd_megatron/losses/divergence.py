@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from unisd_megatron.losses.collectives import stack_over, sum_over
-from unisd_megatron.losses.vocab import Rows, VocabShard, check_temperature, combine_softmax, computing_dtype
+from unisd_megatron.losses.vocab import Rows, VocabShard, check_temperature, combine_softmax, computing_dtype, nan_of
 
 # Beyond this distance the smaller of two probabilities is below 4e-44 of the larger one: nothing in fp64, and finite.
 FAR = 100.0
@@ -72,71 +72,63 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in [0, 1] (0: KL(teacher||student), 1: KL(student||teacher)), got {alpha}")
 
 
-def partial_sums(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """This rank's summands of (D,) for a KL or (D, E_S[log S/M]) for the JSD, [1 or 2, n], from log-probabilities [n, real]."""
+def divergence_terms(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Tensor, ...]:
+    """Summands over v of (D,) for a KL or (D, E_S[log S/M]) for the JSD, elementwise from log-probabilities of one shape.
+
+    nan counts as 0: the caller adds `nan_of` the normalizers to the sums.
+    """
     if alpha == 0:
-        return _kl(teacher, student)[None]
+        return (_kl_terms(teacher, student),)
     if alpha == 1:
-        return _kl(student, teacher)[None]
-    return _jsd(student, teacher, alpha)
+        return (_kl_terms(student, teacher),)
+    student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
+    student_part = student_ratio.mul_(student.exp())
+    return teacher_ratio.mul_(teacher.exp()).mul_(alpha).add_(student_part, alpha=1 - alpha), student_part
 
 
-def student_gradient(student: Tensor, teacher: Tensor, alpha: float, totals: Tensor) -> Tensor:
-    """dD/dz [n, real], z = student logits / temperature; `totals` [1 or 2, n] is `partial_sums` summed over the shards."""
+def student_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tensor) -> Tensor:
+    """dD/dz, z = student logits / temperature, elementwise; `mean` is the last sum of `divergence_terms`, broadcast to it."""
     if alpha == 0:
-        return student.exp() - teacher.exp()
+        return student.exp().sub_(teacher.exp())
     if alpha == 1:
-        ratio, scale = _gap(student, teacher), 1.0
-    else:
-        ratio, scale = _log_ratios_to_mixture(student, teacher, alpha)[0], 1 - alpha
-    probs = student.exp()
-    mean = totals[-1, :, None]
-    grad = probs * (ratio - mean)
-    return grad.mul_(scale).masked_fill_((probs == 0) | mean.isinf(), 0)
+        grad = _gap(student, teacher).sub_(mean).mul_(student.exp())
+        # Where D is inf no gradient exists; 0 keeps a clipped or masked row from becoming nan.
+        return grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).add_(mean.nan_to_num(nan=torch.nan, posinf=0.0) * 0)
+    student_ratio, _ = _log_ratios_to_mixture(student, teacher, alpha)
+    return student_ratio.sub_(mean).mul_(student.exp()).mul_(1 - alpha)
 
 
 def _gap(p: Tensor, q: Tensor) -> Tensor:
-    """p - q, and 0 where they are equal, also where both are -inf."""
-    return (p - q).masked_fill_(p == q, 0)
+    """p - q, and 0 where both are -inf."""
+    return (p - q).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Summands of KL(p || q) in the form P log(P/Q) - P + Q >= 0, from log-probabilities [n, real]; [n].
+def _kl_terms(p: Tensor, q: Tensor) -> Tensor:
+    """Summands of KL(p || q) in the form P log(P/Q) - P + Q >= 0, from log-probabilities.
 
     With x = |log P - log Q|, e = exp(-x) - 1, factored by the larger probability so that nothing overflows:
-    P >= Q: P (x + e);  P < Q: -Q (e + x (1 + e)).
+    P >= Q: P (x + e);  P < Q: -Q (x + e + x e). The choice is made by products: masks are slow on a CPU.
     """
     gap = _gap(p, q)
-    distance = gap.abs()
-    larger = torch.maximum(p, q).exp_()
+    q_larger = torch.lt(gap, 0, out=torch.empty_like(gap))  # 0.0 or 1.0
+    distance = gap.clamp_(min=-FAR).abs_()  # inf where Q = 0 < P
     near = distance.clamp(max=FAR)
     shrink = torch.expm1(-near)
-    below = near.mul_(1 + shrink).add_(shrink).neg_()
-    terms = torch.where(gap >= 0, distance.add_(shrink), below).mul_(larger)
-    return terms.masked_fill_(larger == 0, 0).sum(-1)  # 0 * inf: a probability of 0 contributes nothing
+    mixed = near.mul_(shrink).mul_(q_larger)
+    terms = distance.add_(shrink).mul_(q_larger.mul_(-2).add_(1)).sub_(mixed)
+    return terms.mul_(torch.maximum(p, q).exp_()).nan_to_num_(nan=0.0, posinf=torch.inf)  # 0 inf: a probability of 0
 
 
 def _log_ratios_to_mixture(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """(log S/M, log T/M), each [n, real], accurate however close S and T are; differences beyond FAR count as FAR.
+    """(log S/M, log T/M), accurate however close S and T are; differences beyond FAR count as FAR.
 
     With d = |log T - log S|: the larger of the two lies w = -log(1 + a (exp(-d) - 1)) above M and the smaller d - w below it,
     where a is the weight in M of the smaller one. At d = 0 both are exactly 0; a log-sum-exp for log M would leave 1e-7.
     """
-    gap = _gap(teacher, student)
-    teacher_larger = gap >= 0
-    distance = gap.abs_().clamp_(max=FAR)
-    weight = teacher_larger.to(gap.dtype).mul_(1 - 2 * alpha).add_(alpha)
-    above = torch.expm1(-distance).mul_(weight).log1p_().neg_()
-    below = above - distance
-    return torch.where(teacher_larger, below, above), torch.where(teacher_larger, above, below)
-
-
-def _jsd(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """Summands of (D, E_S[log S/M]) of the JSD from log-probabilities [n, real]; [2, n]."""
-    student_ratio, teacher_ratio = _log_ratios_to_mixture(student, teacher, alpha)
-    student_part = student_ratio.mul_(student.exp())
-    terms = teacher_ratio.mul_(teacher.exp()).mul_(alpha).add_(student_part, alpha=1 - alpha)
-    return torch.stack([terms.sum(-1), student_part.sum(-1)])
+    gap = _gap(teacher, student).clamp_(-FAR, FAR)
+    smaller_weight = torch.ge(gap, 0, out=torch.empty_like(gap)).mul_(1 - 2 * alpha).add_(alpha)
+    above = gap.abs().neg_().expm1_().mul_(smaller_weight).log1p_().neg_()
+    return above - gap.clamp(min=0), above.add_(gap.clamp_(max=0))
 
 
 def normalize(student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
@@ -156,8 +148,8 @@ class _TokenDivergence(torch.autograd.Function):
         partial = student_logits.new_zeros((1 if alpha in (0, 1) else 2, student_logits.shape[0]), dtype=dtype)
         for part in student.blocks():
             logps = student.log_probs(part, student_norm), teacher.log_probs(part, teacher_norm)
-            partial[:, part] = partial_sums(*logps, alpha)
-        totals = sum_over(partial, shard.group)
+            partial[:, part] = torch.stack([terms.sum(-1) for terms in divergence_terms(*logps, alpha)])
+        totals = sum_over(partial, shard.group) + nan_of(student_norm, teacher_norm)
         ctx.save_for_backward(student_logits, teacher_logits, student_norm, teacher_norm, totals)
         ctx.setting = (alpha, temperature, shard)
         return totals[0].clamp(min=0)  # rounding may leave -1e-15; the totals kept for the gradient stay as they are
@@ -171,6 +163,6 @@ class _TokenDivergence(torch.autograd.Function):
 
         def of_rows(part: slice) -> Tensor:
             logps = student.log_probs(part, student_norm), teacher.log_probs(part, teacher_norm)
-            return student_gradient(*logps, alpha, totals[:, part]).mul_(grad[part, None])
+            return student_gradient(*logps, alpha, totals[-1, part, None]).mul_(grad[part, None])
 
         return student.fill_gradient(torch.empty_like(student_logits), of_rows), None, None, None, None

@@ -31,16 +31,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from unisd_megatron.losses.collectives import stack_over, sum_over
-from unisd_megatron.losses.divergence import check_alpha, normalize, partial_sums, student_gradient
-from unisd_megatron.losses.vocab import (
-    Rows,
-    VocabShard,
-    check_temperature,
-    combine_pick,
-    computing_dtype,
-    entropy_gradient,
-    local_pick,
-)
+from unisd_megatron.losses.divergence import check_alpha
+from unisd_megatron.losses.passes import Passes, Said, TorchPasses, Upstream
+from unisd_megatron.losses.vocab import VocabShard, check_temperature, combine_pick, combine_softmax, computing_dtype
+
+# Logits of one chunk of one model: 96 MiB of fp32 on a CPU, where wider products are no faster; 256 MiB of bf16 elsewhere.
+CPU_CHUNK_LOGITS = 3 << 23
+CHUNK_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,24 @@ class _Setting(NamedTuple):
     shard: VocabShard
     chunk_tokens: int
     dtype: torch.dtype
+    passes: Passes
     alpha: float = 0.0
     into_main_grad: bool = False
 
-    def rows(self, hidden: Tensor, head: Tensor) -> Rows:
-        """The logits [n, real] of a chunk, in the dtype of the model, as its own output layer would produce them."""
-        return Rows(hidden @ self.used(head).t(), self.temperature, self.shard, self.dtype)
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        return (slice(i, min(i + self.chunk_tokens, tokens)) for i in range(0, tokens, self.chunk_tokens))
 
     def used(self, head: Tensor) -> Tensor:
         """The rows of the head that are vocabulary. Padding rows are cut off, not multiplied by 0: they may hold nan."""
         return head[: self.shard.real]
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return self.passes.softmax(logits, self.temperature, self.dtype)
+
+    def column(self, token_ids: Tensor) -> Tensor:
+        """Where each token's logit is in this shard, -1 if it is in another; [n]."""
+        column, here = self.shard.locate(token_ids)
+        return torch.where(here, column, -1)
 
 
 def fused_divergence(
@@ -83,7 +88,7 @@ def fused_divergence(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     accumulate_into_main_grad: bool = False,
 ) -> FusedDivergence:
     """Divergence, log-probabilities of `token_ids` and student entropy of N tokens, without ever holding [N, V] logits.
@@ -111,7 +116,8 @@ def fused_divergence(
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
     shard.check_tokens(token_ids)
     dtype = computing_dtype(student_hidden, teacher_hidden)
-    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, float(alpha), accumulate_into_main_grad)
+    chunk_tokens = chunk_tokens or _chunk_tokens(student_hidden.device, shard)
+    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, TorchPasses(), float(alpha), accumulate_into_main_grad)
     teacher = (teacher_hidden.detach(), teacher_head.detach())
     return FusedDivergence(*_FusedDivergence.apply(student_hidden, student_head, *teacher, token_ids, setting))
 
@@ -124,7 +130,7 @@ def fused_log_probs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Log-probability (nats) of `token_ids` [N] under hidden [N, D] and this rank's head [V/t, D], without full logits; [N].
 
@@ -135,26 +141,29 @@ def fused_log_probs(
     _check_pair(hidden, head, token_ids, chunk_tokens)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     shard.check_tokens(token_ids)
-    setting = _Setting(float(temperature), shard, chunk_tokens, computing_dtype(hidden))
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden.device, shard)
+    setting = _Setting(float(temperature), shard, chunk_tokens, computing_dtype(hidden), TorchPasses())
     return _FusedLogProbs.apply(hidden, head, token_ids, setting)
 
 
-def _check_pair(hidden: Tensor, head: Tensor, token_ids: Tensor, chunk_tokens: int) -> None:
+def _check_pair(hidden: Tensor, head: Tensor, token_ids: Tensor, chunk_tokens: int | None) -> None:
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
         given = f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(head.shape)} {head.dtype}"
         raise ValueError(f"hidden [N, D] and head [V, D] must share D and dtype, got {given}")
     if token_ids.shape != hidden.shape[:1]:
         raise ValueError(f"token_ids {tuple(token_ids.shape)} must hold one id per row of hidden {tuple(hidden.shape)}")
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    return (slice(i, min(i + chunk_tokens, tokens)) for i in range(0, tokens, chunk_tokens))
+def _chunk_tokens(device: torch.device, shard: VocabShard) -> int:
+    """As many tokens as give chunks of the usual size; a multiple of 32, the same on every rank."""
+    logits = CPU_CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS
+    return max(32, logits // shard.width // 32 * 32)
 
 
 class _FusedDivergence(torch.autograd.Function):
-    """Saves its inputs and 7-9 numbers per token; every logit is made again in the backward."""
+    """Saves its inputs and 8-9 numbers per token; every logit is made again in the backward."""
 
     @staticmethod
     def forward(
@@ -166,22 +175,28 @@ class _FusedDivergence(torch.autograd.Function):
         token_ids: Tensor,
         setting: _Setting,
     ) -> tuple[Tensor, ...]:
-        tokens = hidden.shape[0]
-        terms = 1 if setting.alpha in (0, 1) else 2
-        normalizers = hidden.new_zeros((2, 2, tokens), dtype=setting.dtype)  # student, teacher
-        partial = hidden.new_zeros((terms + 3, tokens), dtype=setting.dtype)  # D, (E_S[log S/M]), log s_y, log t_y, H
-        for chunk in _chunks(tokens, setting.chunk_tokens):
-            pair = setting.rows(hidden[chunk], head), setting.rows(teacher_hidden[chunk], teacher_head)
-            norms = normalize(*pair)
-            normalizers[0, :, chunk], normalizers[1, :, chunk] = norms
-            partial[:, chunk] = _partial(pair, norms, token_ids[chunk], setting.alpha)
-        totals = sum_over(partial, setting.shard.group)
-        ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, token_ids, normalizers, totals)
+        tokens, group = hidden.shape[0], setting.shard.group
+        walks = _Walk(hidden, head, setting), _Walk(teacher_hidden, teacher_head, setting)
+        column = setting.column(token_ids)
+        norms = hidden.new_zeros((2, 2, tokens), dtype=setting.dtype)  # student, teacher
+        partial = hidden.new_zeros((4 if setting.alpha in (0, 1) else 5, tokens), dtype=setting.dtype)
+        for chunk in setting.chunks(tokens):
+            logits = [walk.logits(chunk) for walk in walks]
+            stacked = stack_over(torch.stack([setting.softmax(one) for one in logits]), group)
+            # One model after the other, so that equal logits are added up in the same order.
+            norms[:, :, chunk] = torch.stack([combine_softmax(stacked[:, i].contiguous()) for i in (0, 1)])
+            said = [Said(one, norm) for one, norm in zip(logits, norms[:, :, chunk], strict=True)]
+            for row, one in zip(partial, said, strict=False):
+                score = _score_here(one.logits, column[chunk], setting)
+                row[chunk] = torch.where(column[chunk] >= 0, (score - one.norms[0]) - one.norms[1], 0)
+            partial[2:, chunk] = setting.passes.sums(*said, setting.alpha, setting.temperature)
+        student_log_probs, teacher_log_probs, *rest = totals = sum_over(partial, group)
+        ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, column, norms, totals)
         ctx.setting = setting
         ctx.owner = head if setting.into_main_grad else None
         ctx.set_materialize_grads(False)
         # Copies, so that in-place use of a result cannot reach what the backward reads.
-        outputs = (totals[0].clamp(min=0), totals[terms].clone(), totals[terms + 1].clone(), totals[terms + 2].clone())
+        outputs = (rest[0].clamp(min=0), student_log_probs.clone(), teacher_log_probs.clone(), rest[-1].clone())
         ctx.mark_non_differentiable(outputs[2])
         return outputs
 
@@ -190,29 +205,24 @@ class _FusedDivergence(torch.autograd.Function):
     def backward(
         ctx: Any, of_divergence: Tensor | None, of_log_probs: Tensor | None, _: Tensor | None, of_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, head, teacher_hidden, teacher_head, token_ids, normalizers, totals = ctx.saved_tensors
+        hidden, head, teacher_hidden, teacher_head, column, norms, totals = ctx.saved_tensors
         setting: _Setting = ctx.setting
+        student = _Walk(hidden, head, setting)
+        teacher = None if of_divergence is None else _Walk(teacher_hidden, teacher_head, setting)
 
         def of_chunk(chunk: slice) -> Tensor:
-            """dL/dlogits [n, real] of one chunk: the three upstream gradients, added per block before anything is rounded."""
-            student = setting.rows(hidden[chunk], head)
-            teacher = None if of_divergence is None else setting.rows(teacher_hidden[chunk], teacher_head)
-            norms, sums, ids = normalizers[:, :, chunk], totals[:, chunk], token_ids[chunk]
-
-            def of_rows(block: slice) -> Tensor:
-                logps = student.log_probs(block, norms[0])
-                grad = torch.zeros_like(logps)
-                if teacher is not None and of_divergence is not None:
-                    teacher_logps = teacher.log_probs(block, norms[1])
-                    slope = student_gradient(logps, teacher_logps, setting.alpha, sums[:-3, block])
-                    grad.addcmul_(slope, of_divergence[chunk][block, None])
-                if of_entropy is not None:
-                    grad.addcmul_(entropy_gradient(logps, sums[-1, block]), of_entropy[chunk][block, None])
-                if of_log_probs is not None:
-                    grad.addcmul_(student.one_hot_minus(logps.exp_(), ids[block]), of_log_probs[chunk][block, None])
-                return grad
-
-            return student.fill_gradient(torch.empty_like(student.logits), of_rows)
+            """dL/dlogits [n, real]: the three upstream gradients, added before anything is rounded."""
+            logits = student.logits(chunk)
+            setting.passes.to_gradient(
+                Said(logits, norms[0, :, chunk]),
+                None if teacher is None else Said(teacher.logits(chunk), norms[1, :, chunk]),
+                totals=totals[2:, chunk],
+                column=column[chunk],
+                upstream=Upstream(*(None if x is None else x[chunk] for x in (of_divergence, of_log_probs, of_entropy))),
+                alpha=setting.alpha,
+                temperature=setting.temperature,
+            )
+            return logits
 
         return *_input_gradients(ctx, hidden, head, of_chunk), None, None, None, None
 
@@ -220,40 +230,59 @@ class _FusedDivergence(torch.autograd.Function):
 class _FusedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, token_ids: Tensor, setting: _Setting) -> Tensor:
+        walk, column = _Walk(hidden, head, setting), setting.column(token_ids)
         local = hidden.new_zeros((3, hidden.shape[0]), dtype=setting.dtype)
-        for chunk in _chunks(hidden.shape[0], setting.chunk_tokens):
-            local[:, chunk] = local_pick(setting.rows(hidden[chunk], head), token_ids[chunk])
-        log_probs, normalizer = combine_pick(stack_over(local, setting.shard.group))
-        ctx.save_for_backward(hidden, head, token_ids, normalizer)
+        for chunk in setting.chunks(hidden.shape[0]):
+            logits = walk.logits(chunk)
+            local[:2, chunk] = setting.softmax(logits)
+            local[2, chunk] = _score_here(logits, column[chunk], setting)
+        log_probs, norms = combine_pick(stack_over(local, setting.shard.group))
+        ctx.save_for_backward(hidden, head, column, norms)
         ctx.setting, ctx.owner = setting, None
         return log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, token_ids, normalizer = ctx.saved_tensors
+        hidden, head, column, norms = ctx.saved_tensors
+        setting: _Setting = ctx.setting
+        walk = _Walk(hidden, head, setting)
 
         def of_chunk(chunk: slice) -> Tensor:
-            rows = ctx.setting.rows(hidden[chunk], head)
-
-            def of_rows(block: slice) -> Tensor:
-                probs = rows.log_probs(block, normalizer[:, chunk]).exp_()
-                return rows.one_hot_minus(probs, token_ids[chunk][block]).mul_(grad[chunk][block, None])
-
-            return rows.fill_gradient(torch.empty_like(rows.logits), of_rows)
+            logits = walk.logits(chunk)
+            setting.passes.to_gradient(
+                Said(logits, norms[:, chunk]),
+                None,
+                totals=None,
+                column=column[chunk],
+                upstream=Upstream(log_probs=grad[chunk]),
+                alpha=0.0,
+                temperature=setting.temperature,
+            )
+            return logits
 
         return *_input_gradients(ctx, hidden, head, of_chunk), None, None
 
 
-def _partial(pair: tuple[Rows, Rows], norms: tuple[Tensor, ...], token_ids: Tensor, alpha: float) -> Tensor:
-    """This rank's summands, [4 or 5, n]: `partial_sums`, student and teacher log-probability of the token, entropy."""
-    blocks = []
-    for block in pair[0].blocks():
-        student, teacher = (rows.log_probs(block, norm) for rows, norm in zip(pair, norms, strict=True))
-        picked = [rows.pick(logps, token_ids[block]) for rows, logps in zip(pair, (student, teacher), strict=True)]
-        entropy = torch.special.entr(student.exp()).sum(-1)
-        blocks.append(torch.cat([partial_sums(student, teacher, alpha), torch.stack([*picked, entropy])]))
-    return torch.cat(blocks, dim=1)
+class _Walk:
+    """A model's logits, chunk after chunk in the same memory: each call overwrites what the last one returned."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, setting: _Setting) -> None:
+        self._hidden, self._head, self._passes = hidden, setting.used(head), setting.passes
+        # Allocated once: on a CPU, fresh pages cost half as much as the product that fills them.
+        self._storage = hidden.new_empty(min(setting.chunk_tokens, hidden.shape[0]) * setting.shard.real)
+
+    def logits(self, chunk: slice) -> Tensor:
+        """[n, real] in the dtype of the model, as its own output layer would produce them."""
+        return self._passes.logits(self._hidden[chunk], self._head, self._storage)
+
+
+def _score_here(logits: Tensor, column: Tensor, setting: _Setting) -> Tensor:
+    """logit / temperature of the sampled token where this rank holds it, else 0; [n]."""
+    if not logits.shape[1]:
+        return logits.new_zeros(logits.shape[0], dtype=setting.dtype)
+    score = logits.gather(1, column.clamp(min=0)[:, None])[:, 0].to(setting.dtype) / setting.temperature
+    return torch.where(column >= 0, score, 0)
 
 
 def _input_gradients(
@@ -266,7 +295,7 @@ def _input_gradients(
     of_head = None
     if wants_head:
         of_head = owner.main_grad if owner is not None else torch.zeros_like(head, dtype=setting.dtype)
-    for chunk in _chunks(hidden.shape[0], setting.chunk_tokens):
+    for chunk in setting.chunks(hidden.shape[0]):
         of_logits = of_chunk(chunk)
         if of_hidden is not None:
             torch.mm(of_logits, setting.used(head), out=of_hidden[chunk])

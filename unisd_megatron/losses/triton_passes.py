@@ -1,0 +1,227 @@
+"""The three passes of `passes` as Triton kernels: one read of the logits each, and one write for the gradient.
+
+Legend: n tokens, V columns of this rank. Logits are row-major [n, V] in the model's dtype, everything else is fp32. A program owns
+one token and walks its columns BLOCK at a time (the gradient: one block of one token). With the two matrix products, a chunk's
+logits cross the memory bus three times forward and three times backward, whatever the divergence.
+
+The formulas are those of `divergence` and `vocab`, where they are derived; `expm1` and `log1p` are spelled out because a GPU's
+fast exp and log lose all digits near 0 and 1, where student and teacher agree. Where TRITON_INTERPRET=1 was set before this file
+was imported, the same kernels run on a CPU, slowly; that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from unisd_megatron.losses.passes import Said, Upstream
+
+BLOCK = 2048
+WARPS = 8
+FAR = tl.constexpr(100.0)  # see divergence.FAR
+# Which divergence: constants of the kernels' compilation.
+NONE, FORWARD_KL, REVERSE_KL, JSD = (tl.constexpr(i) for i in range(4))
+
+
+class TritonPasses:
+    """`Passes` for fp32 statistics on a GPU. Raises ValueError for fp64 ones, which belong to `TorchPasses`."""
+
+    def logits(self, hidden: Tensor, head: Tensor, storage: Tensor) -> Tensor:
+        logits = storage[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
+        return torch.mm(hidden, head.t(), out=logits)
+
+    def softmax(self, logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.float32:
+            raise ValueError(f"the Triton passes compute in fp32; for {dtype} use kernels='torch'")
+        tokens, columns = logits.shape
+        out = logits.new_empty((2, tokens), dtype=dtype)
+        if tokens:
+            _softmax[(tokens,)](logits, out, tokens, columns, temperature, BLOCK=BLOCK, num_warps=WARPS)
+        return out
+
+    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float) -> Tensor:
+        tokens, columns = student.logits.shape
+        kind = _kind(alpha)
+        out = student.norms.new_empty((3 if kind == JSD.value else 2, tokens))
+        norms = torch.cat([student.norms, teacher.norms])
+        if tokens:
+            _sums[(tokens,)](
+                student.logits, teacher.logits, norms, out, tokens, columns, alpha, temperature,
+                KIND=kind, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+        return out
+
+    def to_gradient(
+        self,
+        student: Said,
+        teacher: Said | None,
+        *,
+        totals: Tensor | None,
+        column: Tensor,
+        upstream: Upstream,
+        alpha: float,
+        temperature: float,
+    ) -> None:
+        tokens, columns = student.logits.shape
+        if not tokens or not columns:
+            return
+        zeros = student.norms.new_zeros(tokens)
+        divergence = None if teacher is None or totals is None else upstream.divergence
+        norms = torch.cat([student.norms, student.norms if teacher is None else teacher.norms])
+        mean, entropy = (zeros, zeros) if totals is None else (totals[-2], totals[-1])
+        per_token = torch.stack([zeros if x is None else x for x in (mean, entropy, divergence, *upstream[1:])])
+        _to_gradient[(tokens, triton.cdiv(columns, BLOCK))](
+            student.logits,
+            student.logits if teacher is None else teacher.logits,
+            norms, per_token, column.int(), tokens, columns, alpha, temperature,
+            KIND=NONE.value if divergence is None else _kind(alpha), OF_LOG_PROBS=upstream.log_probs is not None,
+            OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _kind(alpha: float) -> int:
+    return int((FORWARD_KL if alpha == 0 else REVERSE_KL if alpha == 1 else JSD).value)
+
+
+@triton.jit
+def _load(logits, row, offsets, columns, temperature):
+    """Scores of one row at the given columns, -inf past the last."""
+    address = logits + row.to(tl.int64) * columns + offsets
+    return tl.load(address, mask=offsets < columns, other=float("-inf")).to(tl.float32) / temperature
+
+
+@triton.jit
+def _shift(peak):
+    """-inf - -inf would be nan; what has no probability is shifted by 0."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 to fp32 accuracy."""
+    series = 1.0 + x / 8 * (1.0 + x / 9)
+    for k in tl.static_range(7, 1, -1):
+        series = 1.0 + x / k * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) to fp32 accuracy: 2 atanh(x / (2 + x)) near 0."""
+    ratio = x / (2.0 + x)
+    square = ratio * ratio
+    series = 1.0 / 15 + square / 17
+    for k in tl.static_range(13, -1, -2):
+        series = 1.0 / k + square * series
+    return tl.where(tl.abs(x) < 0.5, 2.0 * ratio * series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _gap(p, q):
+    """p - q, 0 where both are -inf; nan stays."""
+    return tl.where(p == q, 0.0, p - q)
+
+
+@triton.jit
+def _kl_terms(p, q):
+    """See divergence._kl_terms."""
+    gap = _gap(p, q)
+    distance = tl.abs(gap)
+    near = tl.minimum(distance, FAR)
+    shrink = _expm1(-near)
+    larger = tl.exp(tl.maximum(p, q))
+    terms = tl.where(gap >= 0, distance + shrink, -(near + shrink + near * shrink))
+    return tl.where(larger == 0, 0.0, terms * larger)
+
+
+@triton.jit
+def _log_ratio_to_mixture(student, teacher, alpha):
+    """(log S/M, log T/M). See divergence._log_ratios_to_mixture."""
+    gap = tl.minimum(tl.maximum(_gap(teacher, student), -FAR), FAR)
+    above = -_log1p(tl.where(gap >= 0, 1.0 - alpha, alpha) * _expm1(-tl.abs(gap)))
+    return above - tl.maximum(gap, 0.0), above + tl.minimum(gap, 0.0)
+
+
+@triton.jit
+def _softmax(logits, out, tokens, columns, temperature, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        scores = _load(logits, row, start + tl.arange(0, BLOCK), columns, temperature)
+        higher = tl.maximum(peak, scores)
+        total = total * tl.exp(peak - _shift(higher)) + tl.exp(scores - _shift(higher))
+        peak = higher
+    highest = tl.max(peak, 0)
+    tl.store(out + row, highest)
+    tl.store(out + tokens + row, tl.sum(total * tl.exp(peak - _shift(highest)), 0))
+
+
+@triton.jit
+def _sums(
+    student_logits, teacher_logits, norms, out, tokens, columns, alpha, temperature, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    student_peak, student_log = tl.load(norms + row), tl.load(norms + tokens + row)
+    teacher_peak, teacher_log = tl.load(norms + 2 * tokens + row), tl.load(norms + 3 * tokens + row)
+    divergence = tl.zeros((BLOCK,), tl.float32)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    entropy = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        student = _load(student_logits, row, offsets, columns, temperature) - student_peak - student_log
+        teacher = _load(teacher_logits, row, offsets, columns, temperature) - teacher_peak - teacher_log
+        probs = tl.exp(student)
+        entropy -= tl.where(probs == 0, 0.0, probs * student)
+        if KIND == JSD:
+            student_ratio, teacher_ratio = _log_ratio_to_mixture(student, teacher, alpha)
+            part = probs * student_ratio
+            mean += part
+            divergence += alpha * tl.exp(teacher) * teacher_ratio + (1.0 - alpha) * part
+        elif KIND == REVERSE_KL:
+            divergence += _kl_terms(student, teacher)
+        else:
+            divergence += _kl_terms(teacher, student)
+    tl.store(out + row, tl.sum(divergence, 0))
+    if KIND == JSD:
+        tl.store(out + tokens + row, tl.sum(mean, 0))
+        tl.store(out + 2 * tokens + row, tl.sum(entropy, 0))
+    else:
+        tl.store(out + tokens + row, tl.sum(entropy, 0))
+
+
+@triton.jit
+def _to_gradient(
+    student_logits, teacher_logits, norms, per_token, column, tokens, columns, alpha, temperature,
+    KIND: tl.constexpr, OF_LOG_PROBS: tl.constexpr, OF_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """per_token [5, n]: E_S[log S/M] or D, H, and the upstream gradients of divergence, log-probability and entropy."""
+    row = tl.program_id(0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    student = _load(student_logits, row, offsets, columns, temperature) - tl.load(norms + row) - tl.load(norms + tokens + row)
+    probs = tl.exp(student)
+    grad = tl.zeros((BLOCK,), tl.float32)
+    if KIND != NONE:
+        teacher = _load(teacher_logits, row, offsets, columns, temperature)
+        teacher = teacher - tl.load(norms + 2 * tokens + row) - tl.load(norms + 3 * tokens + row)
+        mean, of_divergence = tl.load(per_token + row), tl.load(per_token + 2 * tokens + row)
+        if KIND == FORWARD_KL:
+            slope = probs - tl.exp(teacher)
+        elif KIND == REVERSE_KL:
+            # Where D is inf no gradient exists; 0 keeps a clipped or masked row from becoming nan.
+            slope = tl.where(probs == 0, 0.0, probs * (_gap(student, teacher) - mean))
+            slope = tl.where(mean == float("inf"), 0.0, slope)
+        else:
+            student_ratio, _ = _log_ratio_to_mixture(student, teacher, alpha)
+            slope = (1.0 - alpha) * probs * (student_ratio - mean)
+        grad += slope * of_divergence
+    if OF_ENTROPY:
+        entropy, of_entropy = tl.load(per_token + tokens + row), tl.load(per_token + 4 * tokens + row)
+        grad -= tl.where(probs == 0, 0.0, probs * (student + entropy)) * of_entropy
+    if OF_LOG_PROBS:
+        token = (offsets == tl.load(column + row)).to(tl.float32)
+        grad += (token - probs) * tl.load(per_token + 3 * tokens + row)
+    address = student_logits + row.to(tl.int64) * columns + offsets
+    tl.store(address, (grad / temperature).to(student_logits.dtype.element_ty), mask=offsets < columns)
