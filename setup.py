@@ -23,6 +23,8 @@ CORE = [
     "matplotlib",
 ]
 
+TRITON = "triton>=3.5; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 setup(
     name="unisd_megatron",
     version=VERSION,
@@ -39,7 +41,8 @@ setup(
         "data": ["datasets>=4"],
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
         "vllm": ["vllm>=0.32,<0.33"],
-        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+        # triton: its interpreter runs the GPU kernels' tests.
+        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", TRITON],
     },
     entry_points={"console_scripts": ["unisd=unisd_megatron.cli:main"]},
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read when triton is first imported, which torch does: the GPU kernels' tests run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 from world import World
 
 # Imported before the workers are forked; each costs seconds per worker otherwise.

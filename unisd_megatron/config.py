@@ -122,7 +122,9 @@ class Objective:
     contrastive_weight: float = setting(0.0, "weight of the token-level contrast against the negative demonstration")
     contrastive_margin: float | None = setting(None, "margin of the contrast, nats (0.5)")
     final_layer_distill_weight: float | None = setting(None, "weight of final-layer feature matching")
-    loss_path: Literal["fused", "materialized"] = setting("fused", "walk the vocabulary in chunks, or hold all logits")
+    loss_path: Literal["fused", "fused_torch", "materialized"] = setting(
+        "fused", "walk the tokens in chunks (Triton kernels on a GPU), the same in plain torch, or hold all logits"
+    )
     semantics: Literal["corrected", "released"] = setting(
         "corrected", "what the names promise, or what the authors' code computes"
     )

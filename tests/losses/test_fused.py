@@ -24,11 +24,11 @@ from unisd_megatron.losses import (
     fused_divergence,
     fused_log_probs,
     gather_rows,
+    passes,
     replicated_use,
     token_divergence,
     token_entropy,
     token_log_probs,
-    vocab,
 )
 from unisd_megatron.mechanisms import feature_distance
 
@@ -56,7 +56,7 @@ def test_chunks_change_nothing(world: World, chunk_tokens: int) -> None:
 
 def test_blocks_inside_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.make(20, 10, torch.float64)
-    monkeypatch.setattr(vocab, "BLOCK_LOGITS", 25)  # two rows of 10 at a time, chunks of 7
+    monkeypatch.setattr(passes, "CPU_BLOCK_LOGITS", 25)  # three columns of 7 tokens at a time
     for alpha in ALPHAS:
         result = cases.sharded(0, None, case, 10, 0.0, False, {"alpha": alpha, "chunk_tokens": 7})
         oracle.assert_equal(cases.assemble([result], 10, False), cases.expected(case, alpha), 1e-12)
@@ -241,18 +241,16 @@ def test_head_gradient_into_main_grad() -> None:
     hidden, head, teacher_head = cases.leaves(0, None, case, 10, 0.0, False)
     setting = {"token_ids": case["ids"], "alpha": 0.3, "chunk_tokens": 6}
     args = (hidden, head, case["teacher_hidden"], teacher_head)
-    with pytest.raises(ValueError, match=r"needs student_head\.main_grad"):
-        fused_divergence(*args, **setting, accumulate_into_main_grad=True)
     fused_divergence(*args, **setting).divergence.sum().backward()
     plain, head.grad = head.grad.clone(), None
     head.main_grad, head.grad_added_to_main_grad = torch.ones(10, 6), False
-    out = fused_divergence(*args, **setting, accumulate_into_main_grad=True)
+    out = fused_divergence(*args, **setting)
     (out.divergence.sum() + head[3, 2]).backward()
     assert torch.allclose(head.main_grad - 1, plain.float(), rtol=2**-7, atol=1e-5)
     assert head.grad_added_to_main_grad and head.grad.sum() == 1 == head.grad[3, 2]
     del head.grad_added_to_main_grad  # a parameter outside Megatron's DDP: autograd gets nothing for the head
     before, head.grad = head.main_grad.clone(), None
-    fused_divergence(*args, **setting, accumulate_into_main_grad=True).divergence.sum().backward()
+    fused_divergence(*args, **setting).divergence.sum().backward()
     assert head.grad is None and torch.allclose(head.main_grad - before, plain.float(), rtol=2**-7, atol=1e-5)
 
 

@@ -174,7 +174,7 @@ def _add_parity(subparsers: Any) -> None:
         layout,
         "loss_path",
         default="fused",
-        choices=["fused", "materialized"],
+        choices=["fused", "fused_torch", "materialized"],
         help="how the loss reads the vocabulary (fused)",
     )
     golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")

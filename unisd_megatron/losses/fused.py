@@ -32,12 +32,14 @@ from torch.distributed import ProcessGroup
 
 from unisd_megatron.losses.collectives import stack_over, sum_over
 from unisd_megatron.losses.divergence import check_alpha
-from unisd_megatron.losses.passes import Passes, Said, TorchPasses, Upstream
+from unisd_megatron.losses.passes import Passes, Said, Upstream, choose_passes
 from unisd_megatron.losses.vocab import VocabShard, check_temperature, combine_pick, combine_softmax, computing_dtype
 
 # Logits of one chunk of one model: 96 MiB of fp32 on a CPU, where wider products are no faster; 256 MiB of bf16 elsewhere.
 CPU_CHUNK_LOGITS = 3 << 23
 CHUNK_LOGITS = 1 << 27
+# Of a half-precision product that is added to an fp32 gradient: 32 MiB at a time.
+PRODUCT_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ class _Setting(NamedTuple):
     dtype: torch.dtype
     passes: Passes
     alpha: float = 0.0
-    into_main_grad: bool = False
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         return (slice(i, min(i + self.chunk_tokens, tokens)) for i in range(0, tokens, self.chunk_tokens))
@@ -89,7 +90,7 @@ def fused_divergence(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
-    accumulate_into_main_grad: bool = False,
+    kernels: str = "auto",
 ) -> FusedDivergence:
     """Divergence, log-probabilities of `token_ids` and student entropy of N tokens, without ever holding [N, V] logits.
 
@@ -98,11 +99,13 @@ def fused_divergence(
     student_log_probs and entropy may each receive gradient; it reaches student_hidden (this rank's part: wrap it in
     `enter_shards` or `gather_rows`, see the top of this file) and student_head, never the teacher.
 
-    The head's gradient is summed over chunks in fp32. With `accumulate_into_main_grad` it goes straight into
-    student_head.main_grad, by Megatron's protocol of fused weight gradients: `grad_added_to_main_grad` is set and autograd gets
-    zeros, or None where the parameter lacks that attribute. N = 0 gives empty results that still have a graph.
-    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, chunk_tokens < 1, or token ids outside
-    the vocabulary.
+    The head's gradient is summed over chunks in fp32. Where student_head has a `main_grad` (Megatron's DDP makes it) it is
+    summed straight into that, by Megatron's protocol of fused weight gradients: `grad_added_to_main_grad` is set and autograd
+    gets zeros, or None where the parameter lacks that attribute. N = 0 gives empty results that still have a graph.
+    chunk_tokens: tokens whose logits exist at once; by default as many as make chunks of a good size for the device. kernels:
+    "torch", "triton", or "auto": Triton on a GPU that has it, except for fp64.
+    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, chunk_tokens < 1, token ids outside
+    the vocabulary, or kernels that cannot run here.
     """
     check_alpha(alpha)
     check_temperature(temperature)
@@ -111,13 +114,12 @@ def fused_divergence(
     if student_head.shape[0] != teacher_head.shape[0]:
         widths = f"{student_head.shape[0]} vocabulary rows and teacher head {teacher_head.shape[0]}"
         raise ValueError(f"student head has {widths}; pad both to the same width")
-    if accumulate_into_main_grad and not hasattr(student_head, "main_grad"):
-        raise ValueError("accumulate_into_main_grad needs student_head.main_grad, which Megatron's DDP makes")
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
     shard.check_tokens(token_ids)
     dtype = computing_dtype(student_hidden, teacher_hidden)
     chunk_tokens = chunk_tokens or _chunk_tokens(student_hidden.device, shard)
-    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, TorchPasses(), float(alpha), accumulate_into_main_grad)
+    passes = choose_passes(kernels, student_hidden.device, dtype)
+    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, passes, float(alpha))
     teacher = (teacher_hidden.detach(), teacher_head.detach())
     return FusedDivergence(*_FusedDivergence.apply(student_hidden, student_head, *teacher, token_ids, setting))
 
@@ -131,6 +133,7 @@ def fused_log_probs(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    kernels: str = "auto",
 ) -> Tensor:
     """Log-probability (nats) of `token_ids` [N] under hidden [N, D] and this rank's head [V/t, D], without full logits; [N].
 
@@ -142,7 +145,8 @@ def fused_log_probs(
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     shard.check_tokens(token_ids)
     chunk_tokens = chunk_tokens or _chunk_tokens(hidden.device, shard)
-    setting = _Setting(float(temperature), shard, chunk_tokens, computing_dtype(hidden), TorchPasses())
+    dtype = computing_dtype(hidden)
+    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, choose_passes(kernels, hidden.device, dtype))
     return _FusedLogProbs.apply(hidden, head, token_ids, setting)
 
 
@@ -185,15 +189,15 @@ class _FusedDivergence(torch.autograd.Function):
             stacked = stack_over(torch.stack([setting.softmax(one) for one in logits]), group)
             # One model after the other, so that equal logits are added up in the same order.
             norms[:, :, chunk] = torch.stack([combine_softmax(stacked[:, i].contiguous()) for i in (0, 1)])
-            said = [Said(one, norm) for one, norm in zip(logits, norms[:, :, chunk], strict=True)]
-            for row, one in zip(partial, said, strict=False):
+            student, teacher = (Said(one, norm) for one, norm in zip(logits, norms[:, :, chunk], strict=True))
+            for row, one in zip(partial, (student, teacher), strict=False):
                 score = _score_here(one.logits, column[chunk], setting)
                 row[chunk] = torch.where(column[chunk] >= 0, (score - one.norms[0]) - one.norms[1], 0)
-            partial[2:, chunk] = setting.passes.sums(*said, setting.alpha, setting.temperature)
+            partial[2:, chunk] = setting.passes.sums(student, teacher, setting.alpha, setting.temperature)
         student_log_probs, teacher_log_probs, *rest = totals = sum_over(partial, group)
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, column, norms, totals)
         ctx.setting = setting
-        ctx.owner = head if setting.into_main_grad else None
+        ctx.owner = head if hasattr(head, "main_grad") else None
         ctx.set_materialize_grads(False)
         # Copies, so that in-place use of a result cannot reach what the backward reads.
         outputs = (rest[0].clamp(min=0), student_log_probs.clone(), teacher_log_probs.clone(), rest[-1].clone())
@@ -238,7 +242,7 @@ class _FusedLogProbs(torch.autograd.Function):
             local[2, chunk] = _score_here(logits, column[chunk], setting)
         log_probs, norms = combine_pick(stack_over(local, setting.shard.group))
         ctx.save_for_backward(hidden, head, column, norms)
-        ctx.setting, ctx.owner = setting, None
+        ctx.setting, ctx.owner = setting, head if hasattr(head, "main_grad") else None
         return log_probs
 
     @staticmethod
@@ -310,8 +314,10 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; a half-precision product is rounded once (it accumulates in fp32 inside) and added in fp32."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+        return
+    step = max(1, PRODUCT_ELEMENTS // max(1, right.shape[1]))
+    for i in range(0, left.shape[0], step):
+        total[i : i + step].add_(left[i : i + step] @ right)
 
 
 def _already_accumulated(owner: Tensor) -> Tensor | None:

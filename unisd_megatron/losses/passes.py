@@ -8,13 +8,15 @@ Three passes over logits that are never copied as a whole:
     sums         student and teacher, normalised over all ranks -> this rank's summands of D, E_S[log S/M] (JSD) and H
     to_gradient  overwrites the student's logits with dL/dlogits
 
-`triton_passes` has the same three; `Passes` is what both promise. Here a chunk lies in memory as [V, n], and what is handed on is
-its transpose: a block of columns is then contiguous and fits a CPU's second-level cache however large the vocabulary, and the
-products with a [V, D] head run a fifth faster. Blocks are combined with each other as shards are.
+`triton_passes` has the same three; `Passes` is what both promise. Here a chunk lies in memory as [V, n], and what is handed on
+is its transpose: a block of columns is then contiguous and fits a CPU's second-level cache however large the vocabulary, and
+the products with a [V, D] head run a fifth faster. Blocks are combined with each other as shards are.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -48,7 +50,7 @@ class Passes(Protocol):
     """Logits [n, V] are this rank's real columns; statistics are in the dtype of the norms, fp32 or fp64."""
 
     def logits(self, hidden: Tensor, head: Tensor, storage: Tensor) -> Tensor:
-        """hidden [n, D] @ head [V, D].T as a view [n, V] of `storage` (flat, at least n V), laid out as these passes want it."""
+        """hidden [n, D] @ head [V, D].T, a view [n, V] of `storage` (flat, at least n V) laid out as these passes want it."""
 
     def softmax(self, logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
         """(m_r, s_r) [2, n] in `dtype`."""
@@ -120,6 +122,24 @@ class TorchPasses:
             if upstream.log_probs is not None:
                 grad.addcmul_(_one_hot_minus(logps.exp_(), column - columns.start), upstream.log_probs)
             student.logits.t()[columns] = grad if temperature == 1.0 else grad.div_(temperature)
+
+
+def choose_passes(kernels: str, device: torch.device, dtype: torch.dtype) -> Passes:
+    """The passes named "torch" or "triton", or by "auto" the fastest that run on `device` with statistics in `dtype`.
+
+    Raises ValueError for another name, and for "triton" where it cannot run.
+    """
+    if kernels not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels must be auto, torch or triton, got {kernels!r}")
+    present = importlib.util.find_spec("triton") is not None
+    runs = present and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if kernels == "triton" and not runs:
+        raise ValueError(f"kernels='triton' needs triton and a GPU; found {'triton' if present else 'no triton'} and {device}")
+    if kernels == "torch" or dtype == torch.float64 or not runs or (kernels == "auto" and device.type != "cuda"):
+        return TorchPasses()
+    from unisd_megatron.losses.triton_passes import TritonPasses
+
+    return TritonPasses()
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

@@ -1,7 +1,8 @@
-"""From hidden states to what the loss needs, along either path: chunk by chunk, or with all logits at once.
+"""From hidden states to what the loss needs, along one of three paths.
 
-A *readout* is a model's hidden states at the N kept tokens and its head's vocabulary shard. Both paths give the same
-numbers; `materialized` is the readable one and holds `[N, V/t]` logits of student and teacher.
+A *readout* is a model's hidden states at the N kept tokens and its head's vocabulary shard. All paths give the same numbers:
+`fused` walks the tokens in chunks (Triton kernels where they run), `fused_torch` does so in plain torch everywhere, and
+`materialized`, the readable one, holds the `[N, V/t]` logits of student and teacher.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch.distributed import ProcessGroup
 from unisd_megatron.losses.divergence import token_divergence
 from unisd_megatron.losses.fused import FusedDivergence, fused_divergence, fused_log_probs
 from unisd_megatron.losses.vocab import token_entropy, token_log_probs
+
+KERNELS = {"fused": "auto", "fused_torch": "torch"}
+"""The `kernels` of each path that walks the vocabulary in chunks; "materialized" is the one that does not."""
 
 
 class _Shared(TypedDict):
@@ -46,7 +50,7 @@ def compare(
     path: str,
 ) -> FusedDivergence:
     """Divergence, sampled-token log-probs of both, and the student's entropy, `[N]` fp32 each, replicated over `group`."""
-    if path == "fused":
+    if path in KERNELS:
         return fused_divergence(
             student.hidden,
             student.head,
@@ -57,6 +61,7 @@ def compare(
             temperature=temperature,
             vocab_size=vocab_size,
             group=group,
+            kernels=KERNELS[path],
         )
     logits, teacher_logits = student.hidden @ student.head.t(), (teacher.hidden @ teacher.head.t()).detach()
     shared = _Shared(temperature=temperature, vocab_size=vocab_size, group=group)
@@ -72,9 +77,15 @@ def sampled_log_probs(
     model: Readout, *, token_ids: Tensor, temperature: float, vocab_size: int, group: ProcessGroup | None, path: str
 ) -> Tensor:
     """Log-probs of the sampled tokens, `[N]` fp32, nats, replicated over `group`."""
-    if path == "fused":
+    if path in KERNELS:
         return fused_log_probs(
-            model.hidden, model.head, token_ids=token_ids, temperature=temperature, vocab_size=vocab_size, group=group
+            model.hidden,
+            model.head,
+            token_ids=token_ids,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=group,
+            kernels=KERNELS[path],
         )
     return token_log_probs(
         model.hidden @ model.head.t(), token_ids, temperature=temperature, vocab_size=vocab_size, group=group

@@ -1,12 +1,12 @@
 """The three passes of `passes` as Triton kernels: one read of the logits each, and one write for the gradient.
 
-Legend: n tokens, V columns of this rank. Logits are row-major [n, V] in the model's dtype, everything else is fp32. A program owns
-one token and walks its columns BLOCK at a time (the gradient: one block of one token). With the two matrix products, a chunk's
-logits cross the memory bus three times forward and three times backward, whatever the divergence.
+Legend: n tokens, V columns of this rank. Logits are row-major [n, V] in the model's dtype, everything else is fp32. A program
+owns one token and walks its columns BLOCK at a time (the gradient: one block of one token). With the two matrix products, a
+chunk's logits cross the memory bus three times forward and three times backward, whatever the divergence.
 
 The formulas are those of `divergence` and `vocab`, where they are derived; `expm1` and `log1p` are spelled out because a GPU's
-fast exp and log lose all digits near 0 and 1, where student and teacher agree. Where TRITON_INTERPRET=1 was set before this file
-was imported, the same kernels run on a CPU, slowly; that is how they are tested without a GPU.
+fast exp and log lose all digits near 0 and 1, where student and teacher agree. Where TRITON_INTERPRET=1 was set before this
+file was imported, the same kernels run on a CPU, slowly; that is how they are tested without a GPU.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class LossSettings:
     contrastive_margin: float = 0.5
     matching_weight: float = 0.0
     released: bool = False
-    path: Literal["fused", "materialized"] = "fused"
+    path: Literal["fused", "fused_torch", "materialized"] = "fused"
 
     @property
     def teacher_views(self) -> dict[str, float]:
