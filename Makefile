@@ -21,13 +21,16 @@ export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo/run.py --seed $(SEED)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m unisd_megatron bench --output-dir runs/bench
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
-    "cli": {"data", "convert", "evaluate", "mcore", "parity", "train", "weights"},
+    "bench": {"losses"},
+    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "train", "weights"},
     "__main__": {"cli"},
 }
 # The door of each heavy dependency.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -117,6 +118,34 @@ def parity_golden(request: argparse.Namespace) -> int:
         worst = max(worst, *case.errors.values())
     say(f"max error {worst:.2e} (at most {TOLERANCE:g})")
     return 0 if worst <= TOLERANCE else 1
+
+
+def bench(request: argparse.Namespace) -> int:
+    from unisd_megatron.bench import loss, report
+
+    sizes = loss.sizes_for_this_machine()
+    for name, given in (
+        ("tokens", request.tokens),
+        ("vocab_sizes", request.vocab_sizes),
+        ("hidden_sizes", request.hidden_sizes),
+    ):
+        if given is not None and min(given) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {min(given)}")
+    tensor = request.tensor_sizes or sizes.tensor
+    for shards, vocab_size in itertools.product(tensor, request.vocab_sizes or sizes.vocab_sizes):
+        if shards < 1 or vocab_size % shards:
+            raise ConfigError(f"--tensor_sizes {shards} must divide the vocabulary {vocab_size}")
+    costs = loss.measure_all(
+        request.tokens or sizes.tokens,
+        request.vocab_sizes or sizes.vocab_sizes,
+        request.hidden_sizes or sizes.hidden,
+        tensor,
+        request.alpha,
+        sizes.dtype,
+        say,
+    )
+    say("\n" + report.write(costs, Path(request.output_dir), sizes.machine))
+    return 0
 
 
 def evaluate(request: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_verify(subparsers)
     _add_parity(subparsers)
     _add_evaluate(subparsers)
+    _add_bench(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
 
@@ -179,6 +180,19 @@ def _add_parity(subparsers: Any) -> None:
     )
     golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
     golden.add_argument("file", metavar="FILE", help="golden vectors, JSON")
+
+
+def _add_bench(subparsers: Any) -> None:
+    parser = _command(subparsers, "bench", commands.bench, "Time and peak memory of the loss: eager, materialised, fused.")
+    flag(parser, "output_dir", default="runs/bench", metavar="DIR", help="for loss.json, loss.md and loss.png (runs/bench)")
+    defaults = "on a CPU; larger on a GPU"
+    flag(parser, "tokens", type=int, nargs="+", metavar="T", help=f"completion tokens (512 2048 {defaults})")
+    flag(parser, "vocab_sizes", type=int, nargs="+", metavar="V", help="vocabularies (32000 151936)")
+    flag(parser, "hidden_sizes", type=int, nargs="+", metavar="H", help=f"hidden sizes (896 {defaults})")
+    flag(
+        parser, "tensor_sizes", type=int, nargs="+", metavar="TP", help="vocabulary shards, a process each (1 2; 1 on one GPU)"
+    )
+    flag(parser, "alpha", type=float, default=0.5, help="the divergence (0.5, a JSD)")
 
 
 def _add_evaluate(subparsers: Any) -> None:
