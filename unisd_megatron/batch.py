@@ -47,13 +47,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`[prompt | completion | padding]` of each sequence of a micro-batch behind one kind of prompt.
+    """`[prompt | completion]` of each sequence of a micro-batch behind one kind of prompt.
 
-    Right padding and causal attention: nothing that counts can see the padding, so there is no attention mask.
+    Padded: a row for each sequence, right padding. Attention is causal, so nothing that counts can see the padding and there
+    is no attention mask. Packed: one row, the sequences one after the other; `segments` says where each ends, and attention
+    stays inside a segment. Padding at the end of a packed row is a segment of its own.
     """
 
-    tokens: Tensor  # int64 [B, S]
+    tokens: Tensor  # int64 [B, S], or [1, S] packed
     predictors: Tensor  # int64 [N, 2]: (row, position) whose output predicts the n-th kept completion token
+    segments: Tensor | None = None  # int32 [segments + 1] on the device, cumulative lengths from 0 to S; None: padded
+    longest: int = 0  # of the segments
 
 
 @dataclass(frozen=True, slots=True)

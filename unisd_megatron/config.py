@@ -31,8 +31,12 @@ class Layout:
 
     tensor_model_parallel_size: int = setting(1, "ranks that share each weight matrix", short="--tp")
     pipeline_model_parallel_size: int = setting(1, "stages the layers are cut into", short="--pp")
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, "chunks of layers on each stage, for a smaller pipeline bubble (interleaved schedule)", short="--vpp"
+    )
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
-    micro_batch_size: int = setting(1, "sequences per forward pass")
+    micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
+    packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
     global_batch_size: int = setting(16, "sequences per optimizer step, over all ranks")
     use_distributed_optimizer: bool = setting(False, "shard optimizer state over data-parallel ranks")
     recompute_granularity: Literal["full", "selective"] | None = setting(None, "recompute activations in the backward pass")
@@ -47,11 +51,26 @@ class Layout:
             raise ConfigError(
                 "--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more"
             )
-        self.micro_batches(world_size)
+        count = self.micro_batches(world_size)
+        chunks, stages = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
+        if chunks is not None and (chunks < 2 or stages < 2):
+            raise ConfigError(
+                f"--virtual-pipeline-model-parallel-size {chunks} needs to be 2 or more, and 2 or more pipeline stages"
+            )
+        if chunks is not None and count % stages:
+            raise ConfigError(
+                f"the interleaved schedule takes a multiple of {stages} micro-batches (its pipeline stages), not {count} per "
+                "replica; change --global-batch-size or --micro-batch-size"
+            )
 
     @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def virtual_stages(self) -> int:
+        """Parts the layers are cut into: pipeline stages, times chunks on each."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas in a world of `world_size` ranks; `ConfigError` if the layout does not fill it evenly."""

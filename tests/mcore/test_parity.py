@@ -18,12 +18,16 @@ from unisd_megatron.mcore import schedule, start
 from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error, total_norm
 
 LAYOUTS = {
-    "tp2 pp2": Layout(2, 2, global_batch_size=8),
-    "tp2 pp2 sp, micro-batches of 2, recompute": Layout(2, 2, True, 2, 8, recompute_granularity="full"),
-    "tp4": Layout(4, 1, global_batch_size=8),
-    "tp2 dp2 sp": Layout(2, 1, True, 2, 8),
-    "pp2 dp2": Layout(1, 2, global_batch_size=8),
-    "dp4": Layout(1, 1, global_batch_size=8),
+    "tp2 pp2 vpp2 sp, packs of 2": Layout(2, 2, 2, True, micro_batch_size=2, global_batch_size=8),
+    "tp2 pp2 sp, padded, micro-batches of 2, recompute": Layout(
+        2, 2, sequence_parallel=True, packing=False, micro_batch_size=2, global_batch_size=8, recompute_granularity="full"
+    ),
+    "tp4": Layout(4, global_batch_size=8),
+    "tp2 dp2 sp, packs of 2, recompute": Layout(
+        2, sequence_parallel=True, micro_batch_size=2, global_batch_size=8, recompute_granularity="full"
+    ),
+    "pp2 vpp2 dp2, padded": Layout(1, 2, 2, packing=False, global_batch_size=8),
+    "dp4, packs of 2": Layout(micro_batch_size=2, global_batch_size=8),
 }
 
 
@@ -47,7 +51,7 @@ def test_every_mode_equals_one_process(world: World, name: str) -> None:
 
 
 def test_llama_untied_scaled_rope(world: World) -> None:
-    results = world.run(4, on_rig, LAYOUTS["tp2 pp2"], all_cases, "llama", timeout_s=240)[0]
+    results = world.run(4, on_rig, LAYOUTS["tp2 pp2 vpp2 sp, packs of 2"], all_cases, "llama", timeout_s=240)[0]
     assert [case for case in results if not case.holds] == []
 
 
@@ -66,7 +70,8 @@ def materialized(rig: Rig) -> float:
 
 
 def test_fused_and_materialized_paths_agree(world: World) -> None:
-    assert max(world.run(4, on_rig, LAYOUTS["tp2 pp2 sp, micro-batches of 2, recompute"], materialized, timeout_s=240)) < 1e-6
+    layout = LAYOUTS["tp2 pp2 sp, padded, micro-batches of 2, recompute"]
+    assert max(world.run(4, on_rig, layout, materialized, timeout_s=240)) < 1e-6
 
 
 # Negative controls: each sabotage is a mistake that a shipped system has made. The loss may stay exact; the check must fail.
@@ -141,7 +146,7 @@ def test_the_check_catches_a_norm_that_misses_shards(world: World) -> None:
     ("sabotage", "layout", "loss_stays_exact"),
     [
         (missing_all_reduce, Layout(2, 1, global_batch_size=8), True),
-        (doubled_reduction, Layout(2, 1, True, global_batch_size=8), True),
+        (doubled_reduction, Layout(2, 1, sequence_parallel=True, global_batch_size=8), True),
         (zero_padded_vocabulary, Layout(2, 1, global_batch_size=8), False),
     ],
 )

@@ -80,7 +80,9 @@ def parity_layout(request: argparse.Namespace) -> int:
     layout = Layout(
         tensor_model_parallel_size=request.tensor_model_parallel_size,
         pipeline_model_parallel_size=request.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
         sequence_parallel=request.sequence_parallel,
+        packing=not request.no_packing,
         micro_batch_size=request.micro_batch_size,
         global_batch_size=8,
         recompute_granularity=request.recompute_granularity,

@@ -20,7 +20,7 @@ from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start, store
-from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.model import Stage
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.hf import HfFolder, copy_companions, require_new_folder, save_folder
 
@@ -113,7 +113,7 @@ def compare_checkpoints(model_name: str, against: Path) -> Comparison:
     return Comparison(sorted(tensors, key=lambda one: -one[1]), logits)
 
 
-def _logits_difference(ours: Source, model: HiddenStateModel, grid: Grid) -> float:
+def _logits_difference(ours: Source, model: Stage, grid: Grid) -> float:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(ours.path, dtype=torch.float32, trust_remote_code=False).to(grid.device)
@@ -125,6 +125,6 @@ def _logits_difference(ours: Source, model: HiddenStateModel, grid: Grid) -> flo
     def listen(_: int, rows: Tensor) -> Tensor:
         return (rows @ model.head_weight().t())[:, : ours.arch.vocab_size]
 
-    (found,) = schedule.score(model, [View(tokens, everywhere)], listen, grid)
+    (found,) = schedule.score(model.chunks, [View(tokens, everywhere)], listen, grid)
     with torch.no_grad():
         return float((found - reference(tokens).logits.flatten(0, 1)).abs().max())

@@ -13,7 +13,7 @@ from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.families import Arch, Mapping, family_of
 from unisd_megatron.grid import Grid
-from unisd_megatron.mcore.model import HiddenStateModel, build
+from unisd_megatron.mcore.model import Stage, build
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.hf import HfFolder, read_config, resolve_folder
@@ -52,7 +52,7 @@ def open_source(model_name: str, layout: Layout | None = None) -> Source:
         folder.require(name for mapping in mappings for name in mapping.hf)
         dtype = folder.dtype()
     layout = layout or Layout()
-    arch.check_layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, model_name)
+    arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, model_name)
     return Source(path, arch, mappings, is_megatron, dtype)
 
 
@@ -78,7 +78,7 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def load_stage(source: Source, layout: Layout, platform: Platform, grid: Grid) -> HiddenStateModel:
+def load_stage(source: Source, layout: Layout, platform: Platform, grid: Grid) -> Stage:
     """This rank's pipeline stage with the source's weights, in the layout's dtype. Collective over all ranks."""
     from unisd_megatron.mcore import store
 

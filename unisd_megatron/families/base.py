@@ -60,7 +60,7 @@ class Arch:
         return self.num_attention_heads // self.num_query_groups * self.head_dim, self.head_dim, self.head_dim
 
     def check_layout(self, tensor: int, pipeline: int, name: str) -> None:
-        """Raises `ConfigError` where tensor- or pipeline-parallel sizes do not divide the model `name`."""
+        """Raises `ConfigError` where a layout does not divide the model `name`; pipeline counts virtual stages too."""
         if min(tensor, pipeline) < 1:
             raise ConfigError(f"tensor-parallel {tensor} x pipeline-parallel {pipeline} is no layout; both are at least 1")
         for count, what in (

@@ -1,4 +1,4 @@
-"""A Megatron GPT model that ends at its final norm: `Arch` in, module out.
+"""A Megatron GPT model that ends at its final norm: `Arch` in, this rank's stage out.
 
 The language-model head is a weight of the last stage that the loss reads; the forward pass never makes logits. That
 keeps the loss room free to select completion rows and to walk the vocabulary in chunks.
@@ -6,7 +6,7 @@ keeps the loss room free to select completion rows and to walk the vocabulary in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from unisd_megatron.config import Layout
 from unisd_megatron.families import Arch
 from unisd_megatron.grid import Grid
+from unisd_megatron.mcore.attention import SegmentAttention
 from unisd_megatron.mcore.norm import SequenceParallelRMSNorm
 from unisd_megatron.mcore.platform import Platform
 
@@ -56,19 +57,64 @@ class HiddenStateModel(GPTModel):
             yield name, parameter
 
 
-def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> HiddenStateModel:
+class Stage:
+    """This rank's pipeline stage: one chunk of layers, or several under virtual pipeline parallelism.
+
+    Attributes: chunks: in the order in which a sequence passes them.
+    """
+
+    def __init__(self, chunks: Sequence[HiddenStateModel]) -> None:
+        self.chunks = list(chunks)
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
+
+    def head_weight(self) -> Tensor:
+        """This rank's vocabulary shard of the head, `[V/t, h]`; on the last stage only."""
+        return self.chunks[-1].head_weight()
+
+    def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under canonical names; see `HiddenStateModel.named_shards`."""
+        for chunk in self.chunks:
+            yield from chunk.named_shards()
+
+    def requires_grad_(self, wanted: bool) -> None:
+        for chunk in self.chunks:
+            chunk.requires_grad_(wanted)
+
+    def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What `dist_checkpointing` saves and loads, by chunk; layers are keyed by their global number, whatever the layout."""
+        return {str(i): chunk.sharded_state_dict(prefix=prefix, metadata=metadata) for i, chunk in enumerate(self.chunks)}
+
+    def load_state_dict(self, loaded: dict[str, Any], prefix: str) -> None:
+        """Takes what `dist_checkpointing.load` made of `sharded_state_dict(prefix)`."""
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict({name.removeprefix(prefix): value for name, value in loaded[str(i)].items()})
+
+
+def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> Stage:
     """This rank's stage of the model, with random weights, on the platform's device. Collective."""
     config = transformer_config(arch, layout, platform)
+    count = layout.virtual_pipeline_model_parallel_size or 1
+    return Stage([_chunk(arch, config, platform, grid, i if count > 1 else None, count) for i in range(count)])
+
+
+def _chunk(
+    arch: Arch, config: TransformerConfig, platform: Platform, grid: Grid, number: int | None, count: int
+) -> HiddenStateModel:
+    """Chunk `number` of `count` (None: the only one)."""
     model = HiddenStateModel(
         config,
-        _layer_spec(config, platform),
+        _layer_spec(config, platform, number),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position,
-        pre_process=grid.is_first_stage,
-        post_process=grid.is_last_stage,
+        pre_process=grid.is_first_stage and (number or 0) == 0,
+        post_process=grid.is_last_stage and (number or 0) == count - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
         rotary_base=arch.rope_base,
+        vp_stage=number,
     )
     if arch.rope_scaling is not None:
         scaling, rope = arch.rope_scaling, model.rotary_pos_emb
@@ -105,12 +151,14 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=layout.bf16,
-        # Micro-batches are padded to their own longest sequence.
-        variable_seq_lengths=layout.pipeline_model_parallel_size > 1,
+        # Micro-batches are as long as they need to be. The interleaved schedule announces lengths in batches of messages
+        # that cross between two ranks, so there all of a schedule have one length (schedule.py).
+        variable_seq_lengths=layout.pipeline_model_parallel_size > 1 and layout.virtual_pipeline_model_parallel_size is None,
         # Batched p2p crosses two messages between the same two ranks (silently wrong gradients when interleaved).
         batch_p2p_comm=False,
         # The loss is normalised over the global batch before Megatron sees it: sum over micro-batches and replicas.
@@ -132,12 +180,14 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
     )
 
 
-def _layer_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, platform: Platform, number: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     if platform.layer_spec == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = SegmentAttention
     spec.submodules.input_layernorm = SequenceParallelRMSNorm
     spec.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=SequenceParallelRMSNorm)
+    layers = get_num_layers_to_build(config, vp_stage=number)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=SequenceParallelRMSNorm)

@@ -1,12 +1,13 @@
 """Runs views through the pipeline: forward only (`score`), or forward and backward (`learn`).
 
-Both drive Megatron's own schedules. All views that a model must read in a step go through one forward-only schedule, so
-the pipeline fills once.
+Both drive Megatron's own schedules, 1F1B or interleaved. All views that a model must read in a step go through one
+forward-only schedule, so the pipeline fills once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from unisd_megatron.batch import View
 from unisd_megatron.grid import Grid
 from unisd_megatron.losses.collectives import enter_shards, gather_rows
+from unisd_megatron.mcore.attention import packed_seq_params
 
 Said = TypeVar("Said")
 
@@ -34,7 +36,9 @@ def completion_rows(hidden: Tensor, view: View, grid: Grid) -> Tensor:
     return enter_shards(hidden[position, row], grid.tensor.group)
 
 
-def score(model: torch.nn.Module, views: Sequence[View], listen: Callable[[int, Tensor], Said], grid: Grid) -> list[Said]:
+def score(
+    chunks: Sequence[torch.nn.Module], views: Sequence[View], listen: Callable[[int, Tensor], Said], grid: Grid
+) -> list[Said]:
     """Reads the views without gradient; on the last stage, `listen(i, rows)` of each view in order.
 
     Args: listen: called with the view's number and its kept rows `[N, h]`; what it returns is all that is kept.
@@ -45,10 +49,10 @@ def score(model: torch.nn.Module, views: Sequence[View], listen: Callable[[int, 
         return listen(i, completion_rows(output, views[i], grid))
 
     with torch.no_grad():
-        return _run(model, views, loss_func, forward_only=True, collect_non_loss_data=True)
+        return _run(chunks, views, loss_func, forward_only=True, collect_non_loss_data=True)
 
 
-def learn(model: torch.nn.Module, views: Sequence[View], loss: Callable[[int, Tensor], Tensor], grid: Grid) -> None:
+def learn(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss: Callable[[int, Tensor], Tensor], grid: Grid) -> None:
     """Forward and backward over the micro-batches; gradients of the sum of losses are in the gradient buffers afterwards.
 
     Args: loss: called on the last stage with the micro-batch's number and its kept rows; returns a scalar.
@@ -60,22 +64,40 @@ def learn(model: torch.nn.Module, views: Sequence[View], loss: Callable[[int, Te
         # The loss is normalised already; `student.py` keeps Megatron from dividing by this count.
         return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
-    _run(model, views, loss_func, forward_only=False, collect_non_loss_data=False)
+    _run(chunks, views, loss_func, forward_only=False, collect_non_loss_data=False)
 
 
-def _run(model: torch.nn.Module, views: Sequence[View], loss_func: Callable[..., Any], **how: Any) -> list[Any]:
+def _run(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Callable[..., Any], **how: Any) -> list[Any]:
+    if len(chunks) > 1:  # the interleaved schedule knows one length
+        longest = max(view.tokens.shape[1] for view in views)
+        views = [_lengthened(view, longest) for view in views]
+
     def forward_step(items: Iterator[tuple[int, View]], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         i, view = next(items)
         positions = torch.arange(view.tokens.shape[1], device=view.tokens.device).expand_as(view.tokens)
-        return module(view.tokens, positions, None), partial(loss_func, i)
+        output = module(view.tokens, positions, None, packed_seq_params=packed_seq_params(view))
+        return output, partial(loss_func, i)
 
     batch, length = views[0].tokens.shape
+    iterators = [iter(enumerate(views)) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(views)),
-        model=[model],
+        data_iterator=iterators,
+        model=list(chunks),
         num_microbatches=len(views),
         seq_length=length,
         micro_batch_size=batch,
         **how,
     )
+
+
+def _lengthened(view: View, length: int) -> View:
+    """The view with its rows padded on the right, a packed one by a segment more."""
+    missing = length - view.tokens.shape[1]
+    if missing == 0:
+        return view
+    tokens = torch.nn.functional.pad(view.tokens, (0, missing))
+    if view.segments is None:
+        return replace(view, tokens=tokens)
+    end = view.segments.new_tensor([length])
+    return replace(view, tokens=tokens, segments=torch.cat([view.segments, end]), longest=max(view.longest, missing))

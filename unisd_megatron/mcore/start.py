@@ -63,6 +63,7 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
     )
     megatron_random.initialize_rng_tracker(force_reset=True)
     megatron_random.model_parallel_cuda_manual_seed(seed)

@@ -19,14 +19,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from unisd_megatron.errors import CheckpointError
-from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 
 STUDENT, TEACHER, OPTIMIZER = "student", "teacher", "optimizer"
 
 
-def save(folder: Path, model: HiddenStateModel, student: Student | None = None, teacher: Teacher | None = None) -> None:
+def save(folder: Path, model: Stage, student: Student | None = None, teacher: Teacher | None = None) -> None:
     """Writes the shards of all ranks into an existing, empty folder. Collective over all ranks.
 
     Args: student: its optimizer state is written too; teacher: its fp32 masters (or frozen weights) too, unless live.
@@ -37,7 +37,7 @@ def save(folder: Path, model: HiddenStateModel, student: Student | None = None, 
     dist_checkpointing.save(_state(model, student, teacher, is_loading=False), str(folder))
 
 
-def load(folder: Path, model: HiddenStateModel, student: Student | None = None, teacher: Teacher | None = None) -> None:
+def load(folder: Path, model: Stage, student: Student | None = None, teacher: Teacher | None = None) -> None:
     """Restores what `save` wrote, under this layout. Collective over all ranks.
 
     Raises `CheckpointError` where the folder holds another model or is broken.
@@ -55,14 +55,14 @@ def load(folder: Path, model: HiddenStateModel, student: Student | None = None, 
         raise CheckpointError(f"{folder}: cannot be restored ({reason[:300]})") from error
     finally:
         quiet.setLevel(level)
-    model.load_state_dict(_plain(loaded[STUDENT], STUDENT))
+    model.load_state_dict(loaded[STUDENT], f"{STUDENT}.")
     if student is not None:
         student.optimizer.load_state_dict(loaded[OPTIMIZER])
     if teacher is not None and teacher.kind != "live":
-        _restore_teacher(teacher, _plain(loaded[TEACHER], TEACHER))
+        _restore_teacher(teacher, loaded[TEACHER])
 
 
-def _state(model: HiddenStateModel, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:
+def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -83,8 +83,7 @@ def _state(model: HiddenStateModel, student: Student | None, teacher: Teacher | 
 
 def _put_masters(of_teacher: ShardedStateDict, teacher: Teacher) -> None:
     """The checkpoint holds the fp32 masters in place of the rounded weights."""
-    names = {id(parameter): name for name, parameter in teacher.model.named_shards()}
-    storage = {parameter.data_ptr(): names[id(parameter)] for parameter in teacher.model.parameters()}
+    storage = {parameter.data_ptr(): name for name, parameter in teacher.model.named_shards()}
     replaced = set()
     for entry in nested_values(of_teacher):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
@@ -101,15 +100,11 @@ def _put_masters(of_teacher: ShardedStateDict, teacher: Teacher) -> None:
 
 def _restore_teacher(teacher: Teacher, loaded: dict[str, Any]) -> None:
     if not teacher.masters:
-        teacher.model.load_state_dict(loaded)
+        teacher.model.load_state_dict(loaded, f"{TEACHER}.")
         return
-    local = dict(teacher.model.named_parameters())
     canonical = {id(parameter): name for name, parameter in teacher.model.named_shards()}
     with torch.no_grad():
-        for name, parameter in local.items():
-            teacher.masters[canonical[id(parameter)]].copy_(loaded[name])
+        for i, chunk in enumerate(teacher.model.chunks):
+            for name, parameter in chunk.named_parameters():
+                teacher.masters[canonical[id(parameter)]].copy_(loaded[str(i)][f"{TEACHER}.{name}"])
     teacher.refresh()
-
-
-def _plain(loaded: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(f"{prefix}."): value for name, value in loaded.items()}

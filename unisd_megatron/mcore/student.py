@@ -16,30 +16,30 @@ from unisd_megatron.config import Layout, Optimization
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.distributed_adam import make_torch_adam_reshardable
-from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.model import Stage
 
 
 class Student:
     """The model being trained; one pipeline stage of it on each rank.
 
-    Attributes: model: the bare module; optimizer: Megatron's. Gradients live in DDP's buffers (`main_grad`, fp32).
+    Attributes: model: the stage, unwrapped; optimizer: Megatron's. Gradients live in DDP's buffers (`main_grad`, fp32).
     """
 
-    def __init__(self, model: HiddenStateModel, layout: Layout, optimization: Optimization, max_steps: int, grid: Grid) -> None:
+    def __init__(self, model: Stage, layout: Layout, optimization: Optimization, max_steps: int, grid: Grid) -> None:
         make_torch_adam_reshardable()
         self.model = model
         self.grid = grid
-        self._ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=layout.use_distributed_optimizer,
-                check_for_nan_in_grad=False,  # the run checks the loss terms and the gradient norm, and says where
-            ),
-            model,
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=layout.use_distributed_optimizer,
+            check_for_nan_in_grad=False,  # the run checks the loss terms and the gradient norm, and says where
         )
-        self.optimizer = get_megatron_optimizer(optimizer_config(layout, optimization), [self._ddp])
+        self._ddp = [
+            DistributedDataParallel(model.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(model.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(optimizer_config(layout, optimization), self._ddp)
         self._scheduler = _scheduler(self.optimizer, optimization, max_steps)
         model.config.grad_scale_func = self.optimizer.scale_loss
         # The loss arrives normalised over the global batch: reduce gradients, divide by nothing.
@@ -49,7 +49,8 @@ class Student:
 
     def learn(self, views: Sequence[View], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of `loss(i, rows)` over micro-batches and replicas. Collective over all ranks."""
-        self._ddp.zero_grad_buffer()
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         schedule.learn(self._ddp, views, loss, self.grid)
 

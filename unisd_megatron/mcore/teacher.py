@@ -15,7 +15,7 @@ from unisd_megatron.batch import View
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
-from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.schedule import Said
 from unisd_megatron.mechanisms.ema import mix_
 
@@ -28,7 +28,7 @@ class Teacher:
     """
 
     def __init__(
-        self, model: HiddenStateModel, kind: Literal["frozen", "ema", "live"], grid: Grid, beta: float = 0.0, every: int = 0
+        self, model: Stage, kind: Literal["frozen", "ema", "live"], grid: Grid, beta: float = 0.0, every: int = 0
     ) -> None:
         self.model = model
         self.kind = kind
@@ -43,14 +43,14 @@ class Teacher:
 
     def score(self, views: Sequence[View], listen: Callable[[int, Tensor], Said]) -> list[Said]:
         """Reads the views in one forward-only schedule; see `schedule.score`."""
-        return schedule.score(self.model, views, listen, self.grid)
+        return schedule.score(self.model.chunks, views, listen, self.grid)
 
     def head_weight(self) -> Tensor:
         """This rank's shard of the teacher's head `[V/t, h]`, detached; on the last stage only."""
         return self.model.head_weight().detach()
 
     @torch.no_grad()
-    def follow(self, student: HiddenStateModel, steps_done: int) -> bool:
+    def follow(self, student: Stage, steps_done: int) -> bool:
         """Moves the teacher towards the student if an update is due after `steps_done` optimizer steps. No communication.
 
         theta_T <- beta theta_T + (1 - beta) theta_S (paper, eq. 3) on the fp32 masters, then cast into the weights.

@@ -23,15 +23,14 @@ from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.families import FAMILIES
 from unisd_megatron.grid import Grid
-from unisd_megatron.mcore.model import HiddenStateModel, build
+from unisd_megatron.mcore.model import Stage, build
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, Objective, loss_settings
 from unisd_megatron.modes import MODES
 from unisd_megatron.parity import oracle
-from unisd_megatron.train.collate import micro_batches
-from unisd_megatron.train.step import Learner, compute_gradients, gather_tally
+from unisd_megatron.train.step import Learner, compute_gradients, gather_tally, share_out
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import VOCAB_SIZE, tiny_model
 
@@ -73,7 +72,7 @@ class Rig:
         self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
         self.arch = FAMILIES[family].arch(self.references[0].config.to_dict())
         self.mappings = FAMILIES[family].mappings(self.arch)
-        self.arch.check_layout(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, f"the tiny {family}")
+        self.arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, f"the tiny {family}")
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
             self._load(model, reference)
@@ -83,23 +82,15 @@ class Rig:
         if grid.world.rank == 0:
             self.references = tuple(reference.double() for reference in self.references)
 
-    def _load(self, model: HiddenStateModel, reference: torch.nn.Module) -> None:
+    def _load(self, model: Stage, reference: torch.nn.Module) -> None:
         stream.load(model.named_shards(), self.mappings, InMemory(reference), self.grid.tensor)  # type: ignore[arg-type]
 
     def gradients(
         self, settings: LossSettings, samples: list[Sample], teacher: Teacher | None = None
     ) -> tuple[float, dict[str, Tensor], float]:
         """Loss, full gradients by Hugging Face name, and the norm that clipping would use, on every rank. Collective."""
-        mine = samples[self.grid.data.rank :: self.grid.data.size]
-        batches = micro_batches(
-            mine,
-            self.layout.micro_batch_size,
-            [STUDENT, *settings.teacher_views],
-            multiple=self.layout.tensor_model_parallel_size if self.layout.sequence_parallel else 1,
-            mask_truncated=True,
-            device=self.grid.device,
-        )
         learner = Learner(self.student, teacher or self.teacher, Objective(settings, self.grid.data), self.arch, self.grid)
+        _, batches = share_out(samples, learner, self.layout, mask_truncated=True)
         tally = gather_tally(compute_gradients(learner, batches), self.grid)
         gradients = dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
         return tally.read()["loss"], gradients, self.student.gradient_norm()

@@ -17,7 +17,7 @@ from unisd_megatron.data import TASKS, Sampler, Task, build_examples
 from unisd_megatron.data.tokens import encode_examples
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
-from unisd_megatron.mcore.model import HiddenStateModel
+from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
@@ -97,7 +97,7 @@ def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:
 def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Parts:
     """Models, optimizer, engine and sampler on this rank. Collective over all ranks."""
 
-    def stage() -> HiddenStateModel:
+    def stage() -> Stage:
         return load_stage(prepared.source, run.layout, platform, grid)
 
     model = stage()

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unisd_megatron.batch import MicroBatch, Sample, View
+from unisd_megatron.errors import CheckFailed
 
 
-def micro_batches(
-    samples: Sequence[Sample], size: int, views: Sequence[str], *, multiple: int, mask_truncated: bool, device: torch.device
-) -> list[MicroBatch]:
-    """Cuts a rank's samples into micro-batches of `size`, of similar length, each padded to its own longest sequence.
+@dataclass(frozen=True)
+class Form:
+    """How micro-batches are laid out. multiple: row lengths are a multiple of it (sequence parallelism)."""
 
-    Args: views: the views to lay out; multiple: sequence lengths are padded to a multiple of it (sequence parallelism);
-    mask_truncated: completions that were cut count for nothing.
-    """
-    ordered = sorted(samples, key=lambda s: -(len(s.prompts.views[views[0]]) + len(s.completion.token_ids)))
-    return [
-        _micro_batch(ordered[start : start + size], views, multiple, mask_truncated, device)
-        for start in range(0, len(ordered), size)
-    ]
+    views: Sequence[str]
+    packing: bool
+    multiple: int
+    mask_truncated: bool  # completions that were cut count for nothing
+    device: torch.device
 
 
-def _micro_batch(
-    samples: Sequence[Sample], views: Sequence[str], multiple: int, mask_truncated: bool, device: torch.device
-) -> MicroBatch:
+def cost(sample: Sample, views: Sequence[str]) -> int:
+    """Tokens that are computed for a sample, over all views."""
+    return sum(len(sample.prompts.views[name]) + len(sample.completion.token_ids) for name in views)
+
+
+def micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
+    """The tensors of one micro-batch. Raises `CheckFailed` if a view does not hold the completion where it is read."""
     completions = [sample.completion.token_ids for sample in samples]
     counts = torch.tensor([len(ids) for ids in completions])
-    kept = torch.tensor([not (mask_truncated and s.completion.finish_reason == "length") for s in samples])
+    kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
     mask = (torch.arange(int(counts.max())) < counts[:, None]) & kept[:, None]
     completion = _padded(completions, 1)
     log_probs = torch.zeros(completion.shape)
@@ -38,25 +41,49 @@ def _micro_batch(
         log_probs[row, : len(sample.completion.log_probs)] = torch.tensor(sample.completion.log_probs)
     return MicroBatch(
         ids=[sample.prompts.id for sample in samples],
-        completion=completion.to(device),
-        mask=mask.to(device),
-        token_ids=completion[mask].to(device),
-        engine_log_probs=log_probs[mask].to(device),
-        views={
-            name: _view([sample.prompts.views[name] for sample in samples], completions, mask, multiple, device)
-            for name in views
-        },
+        completion=completion.to(form.device),
+        mask=mask.to(form.device),
+        token_ids=completion[mask].to(form.device),
+        engine_log_probs=log_probs[mask].to(form.device),
+        views={name: _view([sample.prompts.views[name] for sample in samples], completions, mask, form) for name in form.views},
     )
 
 
-def _view(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor, multiple: int, device: torch.device
-) -> View:
-    tokens = _padded([(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)], multiple)
+def _view(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor, form: Form) -> View:
+    sequences = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     rows, steps = mask.nonzero(as_tuple=True)
     starts = torch.tensor([len(prompt) for prompt in prompts])
-    # The output at a position predicts the next token: completion token t of a row is predicted at prompt length - 1 + t.
-    return View(tokens.to(device), torch.stack([rows, starts[rows] - 1 + steps], dim=1).to(device))
+    if form.packing:
+        lengths = [len(sequence) for sequence in sequences]
+        begins = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
+        tokens = _padded([tuple(itertools.chain.from_iterable(sequences))], form.multiple)
+        if tokens.shape[1] > sum(lengths):
+            lengths.append(tokens.shape[1] - sum(lengths))
+        segments = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        places = torch.stack([torch.zeros_like(rows), begins[rows] + starts[rows] - 1 + steps], dim=1)
+        view = View(tokens, places, segments, max(lengths))
+    else:
+        # The output at a position predicts the next token: completion token t of a row is predicted at prompt length - 1 + t.
+        view = View(_padded(sequences, form.multiple), torch.stack([rows, starts[rows] - 1 + steps], dim=1))
+    _check_completion(view, completions, mask)
+    segments_there = None if view.segments is None else view.segments.to(form.device)
+    return replace(
+        view, tokens=view.tokens.to(form.device), predictors=view.predictors.to(form.device), segments=segments_there
+    )
+
+
+def _check_completion(view: View, completions: Sequence[Sequence[int]], mask: Tensor) -> None:
+    """Every view must read the same completion: what follows each predictor is the token that it predicts."""
+    row, position = view.predictors.unbind(1)
+    if not torch.equal(view.tokens[row, position + 1], _padded(completions, 1)[mask]):
+        raise CheckFailed("a view's rows do not predict the completion's tokens; student and teacher would be compared astray")
+
+
+def padding_fraction(batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> float:
+    """The part of the computed tokens, over all views, that belong to no sequence."""
+    views = list(batches[0].views)
+    computed = sum(view.tokens.numel() for batch in batches for view in batch.views.values())
+    return 1 - sum(cost(sample, views) for sample in samples) / computed
 
 
 def _padded(sequences: Sequence[Sequence[int]], multiple: int) -> Tensor:

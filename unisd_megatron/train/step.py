@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, MicroBatch, Prompts, Sample, auxiliary
-from unisd_megatron.config import Run
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, MicroBatch, Prompts, Sample, auxiliary
+from unisd_megatron.config import Layout, Run
 from unisd_megatron.data import Sampler
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import all_gather_json
@@ -25,7 +27,8 @@ from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, Objective, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
 from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, sequence_seed
-from unisd_megatron.train.collate import micro_batches, scatter
+from unisd_megatron.train.balance import divide
+from unisd_megatron.train.collate import Form, cost, micro_batch, padding_fraction, scatter
 from unisd_megatron.weights import stream
 
 
@@ -69,18 +72,13 @@ def train_step(parts: Parts, step: int) -> Report:
     """
     clock = _Clock()
     learner, layout = parts.learner, parts.run.layout
-    samples = roll_out(parts, step)
+    answered = roll_out(parts, step)
     clock.lap("seconds/rollout")
-    batches = micro_batches(
-        samples,
-        layout.micro_batch_size,
-        [STUDENT, *learner.objective.settings.teacher_views],
-        multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1,
-        mask_truncated=parts.run.rollout.mask_truncated_completions,
-        device=learner.grid.device,
+    samples, batches = share_out(
+        exchange(parts, step, answered), learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions
     )
     tally = compute_gradients(learner, batches, clock)
-    _count(samples, tally)
+    _count(samples, batches, tally)
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts.run, step)
     metrics = merged.read()
@@ -92,7 +90,7 @@ def train_step(parts: Parts, step: int) -> Report:
     metrics["learning_rate"] = learner.student.step(step)
     metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
     clock.lap("seconds/optimizer")
-    return Report(metrics | clock.laps | _speed(metrics, clock), samples)
+    return Report(metrics | clock.laps | _speed(metrics, clock), answered)
 
 
 def roll_out(parts: Parts, step: int) -> list[Sample]:
@@ -108,6 +106,33 @@ def roll_out(parts: Parts, step: int) -> list[Sample]:
     parts.engine.refresh(stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid), step)
     completions = parts.engine.generate(requests, parts.sampling)
     return [Sample(one, completion) for one, completion in zip(prompts, completions, strict=True)]
+
+
+def exchange(parts: Parts, step: int, answered: Sequence[Sample]) -> list[Sample]:
+    """The samples of the whole global batch, in the order of its questions, on every rank. Collective over the data axis."""
+    grid, indices = parts.learner.grid, parts.sampler.batch(step)
+    if grid.data.group is None:
+        return list(answered)
+    rows = all_gather_json([dataclasses.asdict(sample.completion) for sample in answered], grid.data)
+    completions = (rows[i % grid.data.size][i // grid.data.size] for i in range(len(indices)))
+    return [
+        Sample(parts.prompts[index], Completion(tuple(one["token_ids"]), tuple(one["log_probs"]), one["finish_reason"]))
+        for index, one in zip(indices, completions, strict=True)
+    ]
+
+
+def share_out(
+    samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool
+) -> tuple[list[Sample], list[MicroBatch]]:
+    """This replica's samples of the global batch, and its micro-batches, balanced over replicas by tokens."""
+    grid, views = learner.grid, [STUDENT, *learner.objective.settings.teacher_views]
+    multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    form = Form(views, layout.packing, multiple, mask_truncated, grid.device)
+    count = len(samples) // (layout.micro_batch_size * grid.data.size)
+    costs = [cost(sample, views) for sample in samples]
+    mine = divide(costs, grid.data.size, count, packing=layout.packing)[grid.data.rank]
+    groups = [[samples[i] for i in group] for group in mine]
+    return list(itertools.chain.from_iterable(groups)), [micro_batch(group, form) for group in groups]
 
 
 def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _Clock | None = None) -> Tally:
@@ -222,7 +247,7 @@ def _check(tally: Tally, run: Run, step: int) -> None:
         )
 
 
-def _count(samples: Sequence[Sample], tally: Tally) -> None:
+def _count(samples: Sequence[Sample], batches: Sequence[MicroBatch], tally: Tally) -> None:
     if not tally.means:
         return  # not a rank whose tally speaks
     lengths = torch.tensor([float(len(sample.completion.token_ids)) for sample in samples])
@@ -231,6 +256,7 @@ def _count(samples: Sequence[Sample], tally: Tally) -> None:
     tally.add_max("completions/length_max", lengths)
     tally.add_mean("completions/truncated_fraction", cut)
     tally.add_sum("completions/tokens", lengths.sum())
+    tally.add_mean("padding_fraction", torch.tensor([padding_fraction(batches, samples)]))
 
 
 def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:
