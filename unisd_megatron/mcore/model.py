@@ -157,7 +157,7 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         pipeline_dtype=dtype,
         bf16=layout.bf16,
         # Micro-batches are as long as they need to be. The interleaved schedule announces lengths in batches of messages
-        # that cross between two ranks, so there all of a schedule have one length (schedule.py).
+        # that cross between two ranks, so there all of a schedule have one length (train/collate.py).
         variable_seq_lengths=layout.pipeline_model_parallel_size > 1 and layout.virtual_pipeline_model_parallel_size is None,
         # Batched p2p crosses two messages between the same two ranks (silently wrong gradients when interleaved).
         batch_p2p_comm=False,

@@ -7,7 +7,6 @@ forward-only schedule, so the pipeline fills once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -68,9 +67,8 @@ def learn(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss: Callab
 
 
 def _run(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Callable[..., Any], **how: Any) -> list[Any]:
-    if len(chunks) > 1:  # the interleaved schedule knows one length
-        longest = max(view.tokens.shape[1] for view in views)
-        views = [_lengthened(view, longest) for view in views]
+    if len(chunks) > 1 and len({view.tokens.shape for view in views}) > 1:
+        raise ValueError("the interleaved schedule takes rows of one length; lay them out with Form(equal_lengths=True)")
 
     def forward_step(items: Iterator[tuple[int, View]], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         i, view = next(items)
@@ -89,15 +87,3 @@ def _run(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Ca
         micro_batch_size=batch,
         **how,
     )
-
-
-def _lengthened(view: View, length: int) -> View:
-    """The view with its rows padded on the right, a packed one by a segment more."""
-    missing = length - view.tokens.shape[1]
-    if missing == 0:
-        return view
-    tokens = torch.nn.functional.pad(view.tokens, (0, missing))
-    if view.segments is None:
-        return replace(view, tokens=tokens)
-    end = view.segments.new_tensor([length])
-    return replace(view, tokens=tokens, segments=torch.cat([view.segments, end]), longest=max(view.longest, missing))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import MicroBatch, Sample, View
+from unisd_megatron.batch import STUDENT, MicroBatch, Sample, View
 from unisd_megatron.errors import CheckFailed
 
 
@@ -21,6 +21,7 @@ class Form:
     packing: bool
     multiple: int
     mask_truncated: bool  # completions that were cut count for nothing
+    equal_lengths: bool  # rows of all micro-batches are as long as the longest (interleaved schedule)
     device: torch.device
 
 
@@ -29,8 +30,34 @@ def cost(sample: Sample, views: Sequence[str]) -> int:
     return sum(len(sample.prompts.views[name]) + len(sample.completion.token_ids) for name in views)
 
 
-def micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
-    """The tensors of one micro-batch. Raises `CheckFailed` if a view does not hold the completion where it is read."""
+def micro_batches(groups: Sequence[Sequence[Sample]], form: Form) -> list[MicroBatch]:
+    """The tensors of each group of samples. Raises `CheckFailed` if a view does not hold the completion where it is read."""
+    batches = [_micro_batch(group, form) for group in groups]
+    if not form.equal_lengths:
+        return batches
+    # The student's views go through one schedule, the teacher's through another.
+    for together in ([STUDENT], [name for name in form.views if name != STUDENT]):
+        longest = max((batch.views[name].tokens.shape[1] for batch in batches for name in together), default=0)
+        batches = [
+            replace(batch, views={**batch.views, **{name: _lengthened(batch.views[name], longest) for name in together}})
+            for batch in batches
+        ]
+    return batches
+
+
+def _lengthened(view: View, length: int) -> View:
+    """The view with its rows padded on the right, a packed one by a segment more."""
+    missing = length - view.tokens.shape[1]
+    if missing == 0:
+        return view
+    tokens = torch.nn.functional.pad(view.tokens, (0, missing))
+    if view.segments is None:
+        return replace(view, tokens=tokens)
+    segments = torch.cat([view.segments, view.segments.new_tensor([length])])
+    return replace(view, tokens=tokens, segments=segments, longest=max(view.longest, missing))
+
+
+def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
     completions = [sample.completion.token_ids for sample in samples]
     counts = torch.tensor([len(ids) for ids in completions])
     kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])

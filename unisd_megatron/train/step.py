@@ -28,7 +28,7 @@ from unisd_megatron.mechanisms.objective import Heard, Objective, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
 from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, sequence_seed
 from unisd_megatron.train.balance import divide
-from unisd_megatron.train.collate import Form, cost, micro_batch, padding_fraction, scatter
+from unisd_megatron.train.collate import Form, cost, micro_batches, padding_fraction, scatter
 from unisd_megatron.weights import stream
 
 
@@ -127,12 +127,13 @@ def share_out(
     """This replica's samples of the global batch, and its micro-batches, balanced over replicas by tokens."""
     grid, views = learner.grid, [STUDENT, *learner.objective.settings.teacher_views]
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    form = Form(views, layout.packing, multiple, mask_truncated, grid.device)
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device)
     count = len(samples) // (layout.micro_batch_size * grid.data.size)
     costs = [cost(sample, views) for sample in samples]
     mine = divide(costs, grid.data.size, count, packing=layout.packing)[grid.data.rank]
     groups = [[samples[i] for i in group] for group in mine]
-    return list(itertools.chain.from_iterable(groups)), [micro_batch(group, form) for group in groups]
+    return list(itertools.chain.from_iterable(groups)), micro_batches(groups, form)
 
 
 def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _Clock | None = None) -> Tally:
