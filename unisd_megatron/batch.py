@@ -49,24 +49,41 @@ class Sample:
 class View:
     """`[prompt | completion]` of each sequence of a micro-batch behind one kind of prompt.
 
+    Under context parallel each rank has its part of a packed row, cut as Megatron does: every segment into 2 cp chunks, of
+    which rank r has chunks r and 2 cp - 1 - r. `segments` keeps counting whole segments.
+
     Padded: a row for each sequence, right padding. Attention is causal, so nothing that counts can see the padding and there
     is no attention mask. Packed: one row, the sequences one after the other; `segments` says where each ends, and attention
     stays inside a segment. Padding at the end of a packed row is a segment of its own.
     """
 
-    tokens: Tensor  # int64 [B, S], or [1, S] packed
+    tokens: Tensor  # int64 [B, S], or [1, S] packed; under context parallel this rank's [1, S / cp]
     predictors: Tensor  # int64 [N, 2]: (row, position) whose output predicts the n-th kept completion token
     segments: Tensor | None = None  # int32 [segments + 1] on the device, cumulative lengths from 0 to S; None: padded
     longest: int = 0  # of the segments
+    dealt: Dealt | None = None  # under context parallel: which of the N rows `predictors` has, and which this rank wants
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """The rows of a view over context-parallel ranks: sequence shards decide where they arise, the loss wants even shares."""
+
+    owned: Tensor  # int64 [n]: the kept tokens that are predicted on this rank, in the order of `predictors`
+    total: int  # N
+    share: slice  # of the N: what this rank computes the loss of
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """B sequences with all their views. The N kept tokens are the true entries of `mask` in row-major order."""
+    """B sequences with all their views. The N kept tokens are the true entries of `mask` in row-major order.
+
+    Context-parallel ranks hold the same micro-batch and share its loss: each computes the kept tokens `mine`, an even part.
+    """
 
     ids: Sequence[str]
     completion: Tensor  # int64 [B, T], 0 where padded
     mask: Tensor  # bool [B, T], True where the loss counts
-    token_ids: Tensor  # int64 [N], the kept completion tokens
-    engine_log_probs: Tensor  # fp32 [N], nats, of the rollout engine
+    mine: Tensor  # bool [B, T], True where this rank computes it; `mask` without context parallel
+    token_ids: Tensor  # int64 [n], the kept completion tokens that are `mine`
+    engine_log_probs: Tensor  # fp32 [n], nats, of the rollout engine
     views: Mapping[str, View]

@@ -34,6 +34,7 @@ class Layout:
     virtual_pipeline_model_parallel_size: int | None = setting(
         None, "chunks of layers on each stage, for a smaller pipeline bubble (interleaved schedule)", short="--vpp"
     )
+    context_parallel_size: int = setting(1, "ranks that share each sequence", short="--cp")
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
     packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
@@ -44,13 +45,16 @@ class Layout:
 
     def validate(self, world_size: int) -> None:
         """Raises `ConfigError` where the layout contradicts itself or does not fit the number of processes."""
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size"):
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        for name in (*names, "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more"
             )
+        if self.context_parallel_size > 1 and not self.packing:
+            raise ConfigError("--context-parallel-size cuts packed rows; leave --packing on")
         count = self.micro_batches(world_size)
         chunks, stages = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or stages < 2):
@@ -65,7 +69,8 @@ class Layout:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that share a batch: tensor x pipeline x context."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def virtual_stages(self) -> int:
@@ -77,7 +82,8 @@ class Layout:
         if world_size % self.model_parallel_size:
             raise ConfigError(
                 f"{world_size} processes cannot hold tensor-parallel {self.tensor_model_parallel_size} x pipeline-parallel "
-                f"{self.pipeline_model_parallel_size}; start a multiple of {self.model_parallel_size}"
+                f"{self.pipeline_model_parallel_size} x context-parallel {self.context_parallel_size}; start a multiple of "
+                f"{self.model_parallel_size}"
             )
         return world_size // self.model_parallel_size
 

@@ -1,6 +1,6 @@
 """Who am I among the ranks, and whom do I talk to. Built once in `mcore/start.py`, or from plain groups in tests.
 
-A *replica* is the TP x PP ranks that share a batch.
+A *replica* is the TP x CP x PP ranks that share a batch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """The axes of one process; `world` covers all ranks."""
+    """The axes of one process.
+
+    tensor: ranks that share each weight; pipeline: stages; context: ranks that share each sequence; data: replicas;
+    data_context: ranks with the same weights and other tokens (data x context); world: all ranks.
+    """
 
     tensor: Axis
     pipeline: Axis
+    context: Axis
     data: Axis
+    data_context: Axis
     replica: Axis
     world: Axis
     device: torch.device

@@ -17,6 +17,8 @@ def validate(run: Run, world_size: int) -> None:
 
 def _validate_objective(run: Run) -> None:
     objective = run.objective
+    if objective.semantics == "released" and run.layout.context_parallel_size > 1:
+        raise ConfigError("--semantics released normalises on each rank by itself, which --context-parallel-size would change")
     if not 0.0 <= objective.alpha <= 1.0:
         raise ConfigError(f"--alpha is {objective.alpha}; it lies between 0 and 1")
     if objective.token_clip is not None and objective.token_clip_quantile is not None:

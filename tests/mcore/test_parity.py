@@ -18,16 +18,22 @@ from unisd_megatron.mcore import schedule, start
 from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error, total_norm
 
 LAYOUTS = {
-    "tp2 pp2 vpp2 sp, packs of 2": Layout(2, 2, 2, True, micro_batch_size=2, global_batch_size=8),
+    "tp2 pp2 vpp2 sp, packs of 2": Layout(2, 2, 2, sequence_parallel=True, micro_batch_size=2, global_batch_size=8),
     "tp2 pp2 sp, padded, micro-batches of 2, recompute": Layout(
         2, 2, sequence_parallel=True, packing=False, micro_batch_size=2, global_batch_size=8, recompute_granularity="full"
     ),
     "tp4": Layout(4, global_batch_size=8),
-    "tp2 dp2 sp, packs of 2, recompute": Layout(
-        2, sequence_parallel=True, micro_batch_size=2, global_batch_size=8, recompute_granularity="full"
+    "tp2 cp2 sp, packs of 2, recompute": Layout(
+        2,
+        context_parallel_size=2,
+        sequence_parallel=True,
+        micro_batch_size=2,
+        global_batch_size=8,
+        recompute_granularity="full",
     ),
     "pp2 vpp2 dp2, padded": Layout(1, 2, 2, packing=False, global_batch_size=8),
-    "dp4, packs of 2": Layout(micro_batch_size=2, global_batch_size=8),
+    "dp2 cp2, packs of 2": Layout(context_parallel_size=2, micro_batch_size=2, global_batch_size=8),
+    "pp2 vpp2 cp2": Layout(1, 2, 2, 2, global_batch_size=8),
 }
 
 

@@ -17,7 +17,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 pp2 sp": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
     "tp2 dp2, distributed optimizer": (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "dp2, micro-batches of 4": (2, {"micro_batch_size": 4}),
-    "recompute": (1, {"recompute_granularity": "full", "micro_batch_size": 2}),
+    "cp2 pp2 vpp2": (
+        4,
+        {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "padded, recompute": (1, {"packing": False, "recompute_granularity": "full", "micro_batch_size": 2}),
     "materialized": (1, {"loss_path": "materialized", "micro_batch_size": 8}),
 }
 

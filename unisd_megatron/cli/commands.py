@@ -81,6 +81,7 @@ def parity_layout(request: argparse.Namespace) -> int:
         tensor_model_parallel_size=request.tensor_model_parallel_size,
         pipeline_model_parallel_size=request.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
+        context_parallel_size=request.context_parallel_size,
         sequence_parallel=request.sequence_parallel,
         packing=not request.no_packing,
         micro_batch_size=request.micro_batch_size,
@@ -97,7 +98,7 @@ def parity_layout(request: argparse.Namespace) -> int:
     platform = platforms.choose()
     with start.world(platform, layout, seed=1) as grid:
         data = layout.data_parallel_size(world)
-        say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, SP {layout.sequence_parallel}")
+        say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, {_rest(layout)}")
         say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15} {'norm error':>12}")
 
         def line(case: Case) -> None:
@@ -109,6 +110,11 @@ def parity_layout(request: argparse.Namespace) -> int:
     failed = [case.name for case in results if not case.holds]
     say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
     return 1 if failed else 0
+
+
+def _rest(layout: Layout) -> str:
+    vpp, cp = layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size
+    return f"VPP {vpp or 1}, CP {cp}, SP {layout.sequence_parallel}, {'packed' if layout.packing else 'padded'}"
 
 
 def parity_golden(request: argparse.Namespace) -> int:

@@ -168,6 +168,7 @@ def _add_parity(subparsers: Any) -> None:
     layout = _command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
+    flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
     flag(layout, "no_packing", action="store_true", help="a padded row for each sequence")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")

@@ -14,6 +14,7 @@ from replicated values; it is one loss, not a sum of copies. Hence:
     enter_shards     y = x                        dx   = sum_r dy_r     (each rank's use contributes a part)
     gather_rows      y = concat_r x_r             dx_r = (sum_q dy_q)[rows of r]
     replicated_use   y = x                        dx   = dy / size      (a use that all ranks repeat identically)
+    deal_rows        y_r = (all rows)[share of r] dx_r = (all dy)[rows of r]
     max_over         y = max_r x_r                none
     stack_over       y[r] = x_r                   none
     concat_over      y = concat_r x_r, 1-D        none (rank counts may differ)
@@ -69,6 +70,15 @@ def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
     that `enter_shards` would do: using both doubles the gradient while the loss stays right.
     """
     return x if group_size(group) == 1 else _GatherRows.apply(x, group)
+
+
+def deal_rows(x: Tensor, places: Tensor, total: int, share: slice, group: ProcessGroup | None) -> Tensor:
+    """`x` [n, D] holds rows `places` [n] of a [total, D] table whose rows lie on some rank each; returns the rows of `share`.
+
+    For context-parallel hidden states: sequence shards decide which rank has a row, the loss wants even shares. The shares of
+    all ranks must cut the table without overlap: each row is then used once, and its gradient goes back to where it lay.
+    """
+    return x if group_size(group) == 1 else _DealRows.apply(x, places, total, share, group)
 
 
 def replicated_use(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -173,6 +183,27 @@ class _GatherRows(torch.autograd.Function):
         if mine.numel():
             _renamed("reduce_scatter_single", "reduce_scatter_tensor")(mine, grad.contiguous(), group=ctx.group)
         return mine, None
+
+
+class _DealRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, total: int, share: slice, group: ProcessGroup) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.total, ctx.share, ctx.group = total, share, group
+        table = x.new_zeros((total, *x.shape[1:]))
+        table[places] = x
+        if table.numel():
+            dist.all_reduce(table, group=group)  # every row is on one rank: a sum with zeros, exact in any dtype
+        return table[share].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        table = grad.new_zeros((ctx.total, *grad.shape[1:]))
+        table[ctx.share] = grad
+        if table.numel():
+            dist.all_reduce(table, group=ctx.group)
+        return table[places], None, None, None, None
 
 
 class _ReplicatedUse(torch.autograd.Function):

@@ -16,23 +16,30 @@ from torch import Tensor
 
 from unisd_megatron.batch import View
 from unisd_megatron.grid import Grid
-from unisd_megatron.losses.collectives import enter_shards, gather_rows
+from unisd_megatron.losses.collectives import deal_rows, enter_shards, gather_rows
 from unisd_megatron.mcore.attention import packed_seq_params
 
 Said = TypeVar("Said")
 
 
 def completion_rows(hidden: Tensor, view: View, grid: Grid) -> Tensor:
-    """Hidden states that predict the kept completion tokens, `[N, h]`, on every tensor-parallel rank.
+    """Hidden states that predict this rank's share of the kept tokens, `[n, h]`, the same on every tensor-parallel rank.
 
-    Args: hidden: final-norm output `[s, b, h]`, or this rank's `[s/t, b, h]` under sequence parallel.
+    Args: hidden: final-norm output `[s, b, h]`, or this rank's `[s/t, b, h]` under sequence parallel; s is the whole row, or
+    this rank's part of it under context parallel, where rows then change ranks to even out the shares.
     Backward: expects each rank's partial gradient (its vocabulary shard's) and sums them over the tensor-parallel group:
     one reduce-scatter under sequence parallel, else one all-reduce of the kept rows.
     """
     row, position = view.predictors.unbind(1)
     if grid.sequence_parallel:
-        return gather_rows(hidden, grid.tensor.group)[position, row]
-    return enter_shards(hidden[position, row], grid.tensor.group)
+        return _deal(gather_rows(hidden, grid.tensor.group)[position, row], view, grid)
+    return enter_shards(_deal(hidden[position, row], view, grid), grid.tensor.group)
+
+
+def _deal(rows: Tensor, view: View, grid: Grid) -> Tensor:
+    if view.dealt is None:
+        return rows
+    return deal_rows(rows, view.dealt.owned, view.dealt.total, view.dealt.share, grid.context.group)
 
 
 def score(
@@ -48,7 +55,7 @@ def score(
         return listen(i, completion_rows(output, views[i], grid))
 
     with torch.no_grad():
-        return _run(chunks, views, loss_func, forward_only=True, collect_non_loss_data=True)
+        return _run(chunks, views, loss_func, grid, forward_only=True, collect_non_loss_data=True)
 
 
 def learn(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss: Callable[[int, Tensor], Tensor], grid: Grid) -> None:
@@ -63,10 +70,12 @@ def learn(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss: Callab
         # The loss is normalised already; `student.py` keeps Megatron from dividing by this count.
         return value, torch.zeros((), dtype=torch.int, device=value.device), {}
 
-    _run(chunks, views, loss_func, forward_only=False, collect_non_loss_data=False)
+    _run(chunks, views, loss_func, grid, forward_only=False, collect_non_loss_data=False)
 
 
-def _run(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Callable[..., Any], **how: Any) -> list[Any]:
+def _run(
+    chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Callable[..., Any], grid: Grid, **how: Any
+) -> list[Any]:
     if len(chunks) > 1 and len({view.tokens.shape for view in views}) > 1:
         raise ValueError("the interleaved schedule takes rows of one length; lay them out with Form(equal_lengths=True)")
 
@@ -83,7 +92,7 @@ def _run(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Ca
         data_iterator=iterators,
         model=list(chunks),
         num_microbatches=len(views),
-        seq_length=length,
+        seq_length=length * grid.context.size,  # Megatron divides it by the context-parallel ranks
         micro_batch_size=batch,
         **how,
     )

@@ -53,6 +53,21 @@ def _backends(platform: Platform) -> str:
     return "cpu:gloo,cuda:nccl" if platform.backend == "nccl" else "gloo"
 
 
+def _replica_group(layout: Layout) -> dist.ProcessGroup:
+    """The ranks that share a batch. Megatron's model-parallel group leaves context-parallel ranks out."""
+    from megatron.core import parallel_state
+
+    if layout.context_parallel_size == 1:
+        return parallel_state.get_model_parallel_group()
+    mine = torch.tensor([parallel_state.get_data_parallel_rank()])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    replicas = [int(one) for one in everyone]
+    members = [[rank for rank, replica in enumerate(replicas) if replica == number] for number in sorted(set(replicas))]
+    group, _ = dist.new_subgroups_by_enumeration(members)
+    return group
+
+
 def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
     """(Re)initialises Megatron's groups in the running world."""
     from megatron.core import parallel_state
@@ -64,6 +79,7 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
     )
     megatron_random.initialize_rng_tracker(force_reset=True)
     megatron_random.model_parallel_cuda_manual_seed(seed)
@@ -75,8 +91,10 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
     return Grid(
         tensor=axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
+        context=axis(parallel_state.get_context_parallel_group()),
         data=axis(parallel_state.get_data_parallel_group()),
-        replica=axis(parallel_state.get_model_parallel_group()),
+        data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        replica=axis(_replica_group(layout)),
         world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD if dist.get_world_size() > 1 else None),
         device=platform.device,
         sequence_parallel=layout.sequence_parallel,

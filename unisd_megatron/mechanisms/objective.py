@@ -86,13 +86,14 @@ class Heard:
     """What the teacher said about one micro-batch, before the student runs."""
 
     mask: Tensor  # bool [B, T]
+    mine: Tensor  # bool [B, T], the part of the mask whose loss this rank computes; all of it without context parallel
     auxiliary: Tensor | None = None  # [K, B, T] log-probs of the sampled tokens, temperature 1
-    negative: Tensor | None = None  # [B, T] log-probs of the sampled tokens
+    negative: Tensor | None = None  # [B, T] log-probs of the sampled tokens that are mine
 
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the student's pass adds: per token, padded positions 0."""
+    """What the student's pass adds for the tokens that are mine; 0 elsewhere."""
 
     divergence: Tensor  # [B, T], gradient to the student
     student_log_probs: Tensor  # [B, T] of the sampled token, gradient to the student
@@ -115,9 +116,10 @@ class Shares:
 class Objective:
     """The loss of a run. Holds one number of state: the clip ceiling carried over from the previous step."""
 
-    def __init__(self, settings: LossSettings, data: Axis) -> None:
+    def __init__(self, settings: LossSettings, data: Axis, tokens: Axis | None = None) -> None:
         self.settings = settings
-        self.data = data
+        self.data = data  # ranks with other sequences
+        self.tokens = tokens or data  # ranks that answer for other tokens: data x context
         self.ceiling: float | None = None  # nats; only with token_clip_quantile under corrected semantics
 
     def prepare(self, heard: Sequence[Heard]) -> list[Shares]:
@@ -174,22 +176,24 @@ class Objective:
 
     def share_of_loss(self, stats: TokenStats, shares: Shares, tally: Tally) -> Tensor:
         """This micro-batch's share of the step's loss (a scalar with a gradient to the student); metrics go to `tally`."""
-        settings, mask = self.settings, shares.heard.mask.float()
+        settings, mask, mine = self.settings, shares.heard.mask.float(), shares.heard.mine
         tally.check_finite("divergence", stats.divergence)
         tally.check_finite("agreement weights", shares.weights * mask)
         terms = {}
         if settings.divergence_weight:
-            divergence = self._clip(stats.divergence, shares.heard.mask, tally)
-            main = self._per_sequence(divergence, shares.weights * mask)
+            divergence = self._clip(stats.divergence, mine, tally)
+            main = self._per_sequence(divergence * mine, shares.weights * mask)
             terms["loss/divergence"] = settings.divergence_weight * (shares.main * main).sum()
         if settings.contrastive_weight:
             hinge = self._contrast(stats, shares, tally)
-            terms["loss/contrastive"] = settings.contrastive_weight * (shares.plain * self._per_sequence(hinge, mask)).sum()
+            terms["loss/contrastive"] = (
+                settings.contrastive_weight * (shares.plain * self._per_sequence(hinge * mine, mask)).sum()
+            )
         if settings.matching_weight:
             feature = _given(stats.feature)
             tally.check_finite("feature distance", feature)
-            tally.add_mean("matching/distance", feature, shares.heard.mask)
-            terms["loss/matching"] = settings.matching_weight * (shares.plain * self._per_sequence(feature, mask)).sum()
+            tally.add_mean("matching/distance", feature, mine)
+            terms["loss/matching"] = settings.matching_weight * (shares.plain * self._per_sequence(feature * mine, mask)).sum()
         loss = torch.stack(list(terms.values())).sum()
         tally.check_finite("loss", loss)
         tally.add_sum("loss", loss.detach())
@@ -200,7 +204,7 @@ class Objective:
         return loss
 
     def _per_sequence(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean over the tokens of each sequence, `[B]`; released: the divisor is at least 1."""
+        """This rank's part of the weighted mean over each sequence's tokens, `[B]`; released: the divisor is at least 1."""
         floor = 1.0 if self.settings.released else 1e-30
         return (values * weights).sum(1) / weights.sum(1).clamp(min=floor)
 
@@ -218,7 +222,7 @@ class Objective:
         return clipped
 
     def _contrast(self, stats: TokenStats, shares: Shares, tally: Tally) -> Tensor:
-        mask, negative = shares.heard.mask, _given(shares.heard.negative)
+        mask, negative = shares.heard.mine, _given(shares.heard.negative)
         hinge = contrastive_hinge(
             stats.student_log_probs, stats.teacher_log_probs, negative, margin=self.settings.contrastive_margin
         )
@@ -231,7 +235,7 @@ class Objective:
         return hinge
 
     def _report(self, stats: TokenStats, shares: Shares, tally: Tally) -> None:
-        mask = shares.heard.mask
+        mask = shares.heard.mine
         gap = (stats.teacher_log_probs - stats.student_log_probs.detach()).clamp(-50, 50)
         tally.add_mean("divergence/mean", stats.divergence, mask)
         tally.add_max("divergence/max", stats.divergence, mask)
@@ -239,7 +243,7 @@ class Objective:
         tally.add_mean("entropy", stats.entropy, mask)
         if shares.disagreement is not None:
             of_tokens = shares.disagreement.dim() == 2
-            kept = mask if of_tokens else mask.any(1)
+            kept = mask if of_tokens else shares.heard.mask.any(1)
             disagreement = shares.disagreement[:, : mask.shape[1]] if of_tokens else shares.disagreement
             weights = shares.weights if of_tokens else shares.weights.max(1).values
             tally.add_mean("agreement/disagreement_mean", disagreement, kept)
@@ -255,7 +259,7 @@ class Objective:
             return
         values = torch.cat([d.detach()[m] for d, m in zip(divergences, masks, strict=True)])
         ceiling = masked_quantile(
-            values, torch.ones_like(values, dtype=torch.bool), self.settings.token_clip_quantile, self.data.group
+            values, torch.ones_like(values, dtype=torch.bool), self.settings.token_clip_quantile, self.tokens.group
         )
         if math.isfinite(float(ceiling)):  # infinite: nothing was kept in this step, and the last ceiling stays
             self.ceiling = max(float(ceiling), 1e-6)

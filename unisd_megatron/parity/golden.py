@@ -91,4 +91,4 @@ def _inputs(golden: dict[str, Any], settings: LossSettings) -> tuple[TokenStats,
         feature=feature_distance(tensor("student_hidden"), tensor("teacher_hidden")) if settings.matching_weight else None,
     )
     auxiliary = torch.stack([token_log_probs(view, ids) for view in tensor("aux_teacher_logits")])
-    return stats, Heard(mask, auxiliary, token_log_probs(tensor("bad_teacher_logits"), ids, temperature=cool))
+    return stats, Heard(mask, mask, auxiliary, token_log_probs(tensor("bad_teacher_logits"), ids, temperature=cool))

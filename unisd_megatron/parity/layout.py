@@ -89,7 +89,8 @@ class Rig:
         self, settings: LossSettings, samples: list[Sample], teacher: Teacher | None = None
     ) -> tuple[float, dict[str, Tensor], float]:
         """Loss, full gradients by Hugging Face name, and the norm that clipping would use, on every rank. Collective."""
-        learner = Learner(self.student, teacher or self.teacher, Objective(settings, self.grid.data), self.arch, self.grid)
+        objective = Objective(settings, self.grid.data, self.grid.data_context)
+        learner = Learner(self.student, teacher or self.teacher, objective, self.arch, self.grid)
         _, batches = share_out(samples, learner, self.layout, mask_truncated=True)
         tally = gather_tally(compute_gradients(learner, batches), self.grid)
         gradients = dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))

@@ -110,7 +110,7 @@ def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Pa
         every=run.teacher.ref_model_sync_steps or 0,
     )
     student = Student(model, run.layout, run.optimization, prepared.max_steps, grid)
-    learner = Learner(student, teacher, Objective(loss_settings(run), grid.data), prepared.source.arch, grid)
+    learner = Learner(student, teacher, Objective(loss_settings(run), grid.data, grid.data_context), prepared.source.arch, grid)
     lengths = [len(one.views[STUDENT]) for one in prepared.prompts]
     return Parts(
         run=run,

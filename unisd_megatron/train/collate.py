@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import STUDENT, MicroBatch, Sample, View
+from unisd_megatron.batch import STUDENT, Dealt, MicroBatch, Sample, View
 from unisd_megatron.errors import CheckFailed
+from unisd_megatron.grid import Axis
 
 
 @dataclass(frozen=True)
 class Form:
-    """How micro-batches are laid out. multiple: row lengths are a multiple of it (sequence parallelism)."""
+    """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism)."""
 
     views: Sequence[str]
     packing: bool
@@ -23,6 +25,7 @@ class Form:
     mask_truncated: bool  # completions that were cut count for nothing
     equal_lengths: bool  # rows of all micro-batches are as long as the longest (interleaved schedule)
     device: torch.device
+    context: Axis = Axis()  # ranks that share each packed row
 
 
 def cost(sample: Sample, views: Sequence[str]) -> int:
@@ -39,22 +42,22 @@ def micro_batches(groups: Sequence[Sequence[Sample]], form: Form) -> list[MicroB
     for together in ([STUDENT], [name for name in form.views if name != STUDENT]):
         longest = max((batch.views[name].tokens.shape[1] for batch in batches for name in together), default=0)
         batches = [
-            replace(batch, views={**batch.views, **{name: _lengthened(batch.views[name], longest) for name in together}})
+            replace(batch, views={**batch.views, **{name: _lengthened(batch.views[name], longest, form) for name in together}})
             for batch in batches
         ]
     return batches
 
 
-def _lengthened(view: View, length: int) -> View:
-    """The view with its rows padded on the right, a packed one by a segment more."""
+def _lengthened(view: View, length: int, form: Form) -> View:
+    """The view with its rows padded on the right to `length` tokens on this rank, a packed one by a segment more."""
     missing = length - view.tokens.shape[1]
     if missing == 0:
         return view
     tokens = torch.nn.functional.pad(view.tokens, (0, missing))
     if view.segments is None:
         return replace(view, tokens=tokens)
-    segments = torch.cat([view.segments, view.segments.new_tensor([length])])
-    return replace(view, tokens=tokens, segments=segments, longest=max(view.longest, missing))
+    segments = torch.cat([view.segments, view.segments.new_tensor([length * form.context.size])])
+    return replace(view, tokens=tokens, segments=segments, longest=max(view.longest, missing * form.context.size))
 
 
 def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
@@ -66,36 +69,83 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
     log_probs = torch.zeros(completion.shape)
     for row, sample in enumerate(samples):
         log_probs[row, : len(sample.completion.log_probs)] = torch.tensor(sample.completion.log_probs)
+    share = _even_share(int(mask.sum()), form.context)
+    mine = torch.zeros_like(mask)
+    mine[tuple(mask.nonzero()[share].t())] = True
     return MicroBatch(
         ids=[sample.prompts.id for sample in samples],
         completion=completion.to(form.device),
         mask=mask.to(form.device),
-        token_ids=completion[mask].to(form.device),
-        engine_log_probs=log_probs[mask].to(form.device),
+        mine=mine.to(form.device),
+        token_ids=completion[mine].to(form.device),
+        engine_log_probs=log_probs[mine].to(form.device),
         views={name: _view([sample.prompts.views[name] for sample in samples], completions, mask, form) for name in form.views},
     )
+
+
+def _even_share(total: int, context: Axis) -> slice:
+    return slice(total * context.rank // context.size, total * (context.rank + 1) // context.size)
 
 
 def _view(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor, form: Form) -> View:
     sequences = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     rows, steps = mask.nonzero(as_tuple=True)
-    starts = torch.tensor([len(prompt) for prompt in prompts])
+    # The output at a position predicts the next token: completion token t of a row is predicted at prompt length - 1 + t.
+    positions = torch.tensor([len(prompt) for prompt in prompts])[rows] - 1 + steps
     if form.packing:
-        lengths = [len(sequence) for sequence in sequences]
-        begins = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
-        tokens = _padded([tuple(itertools.chain.from_iterable(sequences))], form.multiple)
-        if tokens.shape[1] > sum(lengths):
-            lengths.append(tokens.shape[1] - sum(lengths))
-        segments = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        places = torch.stack([torch.zeros_like(rows), begins[rows] + starts[rows] - 1 + steps], dim=1)
-        view = View(tokens, places, segments, max(lengths))
+        view = _packed(sequences, rows, positions, form)
     else:
-        # The output at a position predicts the next token: completion token t of a row is predicted at prompt length - 1 + t.
-        view = View(_padded(sequences, form.multiple), torch.stack([rows, starts[rows] - 1 + steps], dim=1))
+        view = View(_padded(sequences, form.multiple), torch.stack([rows, positions], dim=1))
     _check_completion(view, completions, mask)
-    segments_there = None if view.segments is None else view.segments.to(form.device)
+    if form.context.size > 1:
+        view = _part_of(view, form.context)
+    dealt = None if view.dealt is None else replace(view.dealt, owned=view.dealt.owned.to(form.device))
+    segments = None if view.segments is None else view.segments.to(form.device)
     return replace(
-        view, tokens=view.tokens.to(form.device), predictors=view.predictors.to(form.device), segments=segments_there
+        view,
+        tokens=view.tokens.to(form.device),
+        predictors=view.predictors.to(form.device),
+        segments=segments,
+        dealt=dealt,
+    )
+
+
+def _packed(sequences: Sequence[Sequence[int]], rows: Tensor, positions: Tensor, form: Form) -> View:
+    """The sequences one after the other in one row; under context parallel each is padded to a multiple of 2 cp."""
+    chunk = 2 * form.context.size if form.context.size > 1 else 1
+    lengths = [-(-len(sequence) // chunk) * chunk for sequence in sequences]
+    begins = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
+    total = sum(lengths)
+    width = math.lcm(chunk, form.multiple * form.context.size)
+    if total % width:
+        lengths.append(-total % width)
+    tokens = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    for begin, sequence in zip(begins.tolist(), sequences, strict=True):
+        tokens[0, begin : begin + len(sequence)] = torch.tensor(sequence)
+    segments = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    places = torch.stack([torch.zeros_like(rows), begins[rows] + positions], dim=1)
+    return View(tokens, places, segments, max(lengths))
+
+
+def _part_of(view: View, context: Axis) -> View:
+    """This rank's part of a packed row: of each segment's 2 cp chunks the rank-th, and the rank-th from the end."""
+    assert view.segments is not None
+    segments = [int(end) for end in view.segments]
+    kept: list[Tensor] = []
+    for begin, end in itertools.pairwise(segments):
+        chunks = torch.arange(begin, end).chunk(2 * context.size)
+        kept += [chunks[context.rank], chunks[2 * context.size - 1 - context.rank]]
+    places = torch.cat(kept)
+    here = torch.full((segments[-1],), -1)
+    here[places] = torch.arange(len(places))
+    local = here[view.predictors[:, 1]]
+    owned = (local >= 0).nonzero().flatten()
+    total = view.predictors.shape[0]
+    return replace(
+        view,
+        tokens=view.tokens[:, places],
+        predictors=torch.stack([torch.zeros_like(owned), local[owned]], dim=1),
+        dealt=Dealt(owned, total, _even_share(total, context)),
     )
 
 
@@ -109,7 +159,11 @@ def _check_completion(view: View, completions: Sequence[Sequence[int]], mask: Te
 def padding_fraction(batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> float:
     """The part of the computed tokens, over all views, that belong to no sequence."""
     views = list(batches[0].views)
-    computed = sum(view.tokens.numel() for batch in batches for view in batch.views.values())
+    computed = sum(
+        view.tokens.numel() if view.segments is None else int(view.segments[-1])
+        for batch in batches
+        for view in batch.views.values()
+    )
     return 1 - sum(cost(sample, views) for sample in samples) / computed
 
 

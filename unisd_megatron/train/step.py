@@ -19,7 +19,7 @@ from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.families import Arch, Mapping
 from unisd_megatron.grid import Grid
-from unisd_megatron.losses.collectives import replicated_use
+from unisd_megatron.losses.collectives import replicated_use, sum_over
 from unisd_megatron.losses.readout import Readout, compare, sampled_log_probs
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
@@ -78,7 +78,8 @@ def train_step(parts: Parts, step: int) -> Report:
         exchange(parts, step, answered), learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions
     )
     tally = compute_gradients(learner, batches, clock)
-    _count(samples, batches, tally)
+    if learner.grid.context.rank == 0:
+        _count(samples, batches, tally)
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts.run, step)
     metrics = merged.read()
@@ -128,7 +129,7 @@ def share_out(
     grid, views = learner.grid, [STUDENT, *learner.objective.settings.teacher_views]
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
-    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device)
+    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context)
     count = len(samples) // (layout.micro_batch_size * grid.data.size)
     costs = [cost(sample, views) for sample in samples]
     mine = divide(costs, grid.data.size, count, packing=layout.packing)[grid.data.rank]
@@ -155,7 +156,7 @@ def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _C
 
     learner.student.learn([batch.views[STUDENT] for batch in batches], loss)
     if learner.grid.is_last_stage:
-        learner.objective.follow_quantile(divergences, [batch.mask for batch in batches])
+        learner.objective.follow_quantile(divergences, [batch.mine for batch in batches])
         if learner.objective.ceiling is not None:
             tally.maxima["clip/next_ceiling"] = learner.objective.ceiling
     clock.lap("seconds/student")
@@ -188,17 +189,20 @@ def listen_to_teacher(learner: Learner, batches: Sequence[MicroBatch]) -> tuple[
     if not learner.grid.is_last_stage:
         return [], []
     by_batch = [dict(zip(views, said[i : i + len(views)], strict=True)) for i in range(0, len(said), len(views))]
-    return [one[TEACHER] for one in by_batch], [_heard(one, batch) for one, batch in zip(by_batch, batches, strict=True)]
+    heard = [_heard(one, batch, learner.grid) for one, batch in zip(by_batch, batches, strict=True)]
+    return [one[TEACHER] for one in by_batch], heard
 
 
-def _heard(said: dict[str, Tensor], batch: MicroBatch) -> Heard:
+def _heard(said: dict[str, Tensor], batch: MicroBatch, grid: Grid) -> Heard:
     auxiliaries: list[Tensor] = []
     while auxiliary(len(auxiliaries)) in said:
-        auxiliaries.append(scatter(said[auxiliary(len(auxiliaries))], batch.mask))
+        auxiliaries.append(scatter(said[auxiliary(len(auxiliaries))], batch.mine))
     return Heard(
         mask=batch.mask,
-        auxiliary=torch.stack(auxiliaries) if auxiliaries else None,
-        negative=scatter(said[NEGATIVE], batch.mask) if NEGATIVE in said else None,
+        mine=batch.mine,
+        # The weights of a sequence need all of it: context-parallel ranks add up their shares, zero elsewhere.
+        auxiliary=sum_over(torch.stack(auxiliaries), grid.context.group) if auxiliaries else None,
+        negative=scatter(said[NEGATIVE], batch.mine) if NEGATIVE in said else None,
     )
 
 
@@ -219,11 +223,11 @@ def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Te
     tally.add_max("rollout/logp_gap_max", gap)
     feature = feature_distance(replicated_use(rows, group), teacher_rows) if settings.matching_weight else None
     return TokenStats(
-        divergence=scatter(said.divergence, batch.mask),
-        student_log_probs=scatter(said.student_log_probs, batch.mask),
-        teacher_log_probs=scatter(said.teacher_log_probs, batch.mask),
-        entropy=scatter(said.entropy.detach(), batch.mask),
-        feature=None if feature is None else scatter(feature, batch.mask),
+        divergence=scatter(said.divergence, batch.mine),
+        student_log_probs=scatter(said.student_log_probs, batch.mine),
+        teacher_log_probs=scatter(said.teacher_log_probs, batch.mine),
+        entropy=scatter(said.entropy.detach(), batch.mine),
+        feature=None if feature is None else scatter(feature, batch.mine),
     )
 
 
