@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_requests import TRAIN, Desk, command
 
+from test_requests import TRAIN, Desk, command
 from unisd_megatron.weights.tiny import write_tiny
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import loss_oracles as oracle
 import torch
 import torch.distributed as dist
-from loss_oracles import Answer
 from torch import Tensor
-from world import World
 
+import loss_oracles as oracle
+from loss_oracles import Answer
 from unisd_megatron.losses import enter_shards, fused_divergence, gather_rows, group_size
+from world import World
 
 Case = dict[str, Tensor]
 VALUES = ("divergence", "student_log_probs", "teacher_log_probs", "entropy")

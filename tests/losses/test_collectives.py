@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import World
 
 from unisd_megatron import losses
+from world import World
 
 
 def pieces(size: int) -> list[Tensor]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 
-import loss_oracles as oracle
 import pytest
 import torch
 import torch.distributed as dist
-from loss_oracles import Answer
 from torch import Tensor
-from world import World
 
+import loss_oracles as oracle
+from loss_oracles import Answer
 from unisd_megatron.losses import token_divergence, token_entropy, token_log_probs, vocab
+from world import World
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 ROWS = (3, 5)

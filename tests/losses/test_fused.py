@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import fused_cases as cases
-import loss_oracles as oracle
 import pytest
 import torch
 import torch.distributed as dist
-from loss_oracles import Answer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from world import World
 
+import fused_cases as cases
+import loss_oracles as oracle
+from loss_oracles import Answer
 from unisd_megatron.losses import (
     enter_shards,
     fused_divergence,
@@ -31,6 +30,7 @@ from unisd_megatron.losses import (
     token_log_probs,
 )
 from unisd_megatron.mechanisms import feature_distance
+from world import World
 
 ALPHAS = (0.0, 0.3, 1.0)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 
-import fused_cases as cases
-import loss_oracles as oracle
 import pytest
 import torch
 from torch import Tensor
-from world import World
 
+import fused_cases as cases
+import loss_oracles as oracle
 from unisd_megatron.losses import fused_divergence
+from world import World
 
 TOKENS, REAL = 19, 37
 KINDS = ("random", "peaked", "nearly_equal", "equal", "huge")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import fused_cases as cases
-import loss_oracles as oracle
 import pytest
 import torch
 import torch.distributed as dist
-from loss_oracles import Answer
 from torch import Tensor
-from world import World
 
+import fused_cases as cases
+import loss_oracles as oracle
+from loss_oracles import Answer
 from unisd_megatron.losses import enter_shards, fused_divergence, gather_rows, replicated_use, sum_over, token_divergence
 from unisd_megatron.mechanisms import feature_distance
+from world import World
 
 SIZE, WIDTH, TOLERANCE = 2, 6, 1e-12
 Pieces = tuple[dict[str, Tensor], Tensor]

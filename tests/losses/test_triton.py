@@ -10,15 +10,15 @@ import os
 import subprocess
 import sys
 
-import fused_cases as cases
-import loss_oracles as oracle
 import pytest
 import torch
-from test_fused_numerics import KINDS, check, kind_of_case
-from world import World
 
+import fused_cases as cases
+import loss_oracles as oracle
+from test_fused_numerics import KINDS, check, kind_of_case
 from unisd_megatron.losses import enter_shards, fused_divergence, fused_log_probs
 from unisd_megatron.losses.collectives import ProcessGroup
+from world import World
 
 pytest.importorskip("triton", reason="triton has wheels for Linux on x86-64 and Arm only")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the -inf that the kernels mask

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import World
 
 from unisd_megatron.config import Layout
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
 from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error, total_norm
+from world import World
 
 LAYOUTS = {
     "tp2 pp2 vpp2 sp, packs of 2": Layout(2, 2, 2, sequence_parallel=True, micro_batch_size=2, global_batch_size=8),

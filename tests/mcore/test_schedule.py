@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from world import World
 
 from unisd_megatron.batch import STUDENT
 from unisd_megatron.config import Layout
@@ -16,6 +15,7 @@ from unisd_megatron.mcore import schedule, start
 from unisd_megatron.mechanisms.objective import LossSettings, Objective
 from unisd_megatron.parity.layout import Rig
 from unisd_megatron.train.step import Learner, listen_to_teacher, share_out
+from world import World
 
 VIEWS, MICRO_BATCHES, STAGES = 4, 4, 4
 STAR = LossSettings(agreement="token", gamma=1.0, views=2, contrastive_weight=0.5)  # teacher, two auxiliary views, negative

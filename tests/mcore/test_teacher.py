@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from world import World
 
 from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed
@@ -18,6 +17,7 @@ from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.parity.layout import InMemory
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import tiny_model
+from world import World
 
 
 def ema_error(rank: int, group: Any, bf16: bool) -> tuple[float, float, bool]:

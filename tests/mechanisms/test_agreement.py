@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import World
 
 from unisd_megatron.mechanisms import Agreement, agreement_weights
+from world import World
 
 K, B, T = 3, 4, 5
 VIEWS = -torch.rand(K, B, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import World
 
 from unisd_megatron.mechanisms import clip_divergence, masked_quantile
+from world import World
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
 VALUES = torch.tensor([[0.5, 2.0, 1.0, 99.0], [4.0, 3.0, 77.0, 55.0]])

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from world import World
 
 from unisd_megatron.batch import Completion
 from unisd_megatron.config import Layout
@@ -26,6 +25,7 @@ from unisd_megatron.rollout.engine import Request, Sampling, sequence_seed
 from unisd_megatron.rollout.replay import ReplayEngine, rollout_file
 from unisd_megatron.rollout.transformers import TransformersEngine
 from unisd_megatron.weights.tiny import write_tiny
+from world import World
 
 ALONE = Grid(Axis(), Axis(), Axis(), Axis(), Axis(), Axis(), Axis(), torch.device("cpu"))
 EOS = 1

@@ -6,13 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from world import World
-
 from unisd_megatron.config import resolve
 from unisd_megatron.errors import UnisdError
 from unisd_megatron.train.loop import train
 from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import write_tiny
+from world import World
 
 _TINY = tempfile.TemporaryDirectory(prefix="unisd-tiny-")
 TINY = Path(_TINY.name) / "tiny"  # four layers, written by the first run of the session

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from unisd_megatron.batch import STUDENT, TEACHER, Completion, Prompts, Sample
+from unisd_megatron.batch import STUDENT, TEACHER, Completion, Prompts, Sample, View
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.train import collate
 from unisd_megatron.train.balance import divide
@@ -97,12 +98,12 @@ def test_packing_removes_the_padding() -> None:
 
 
 def test_rows_that_do_not_hold_the_completion_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = collate._padded
+    honest = collate._packed
 
-    def shifted(sequences: list, multiple: int) -> torch.Tensor:
-        tokens = honest(sequences, multiple)
-        return tokens.roll(1, dims=1) if len(sequences) == 1 else tokens  # a packed row, laid out one position late
+    def late(*args: Any) -> View:
+        view = honest(*args)
+        return replace(view, tokens=view.tokens.roll(1, dims=1))
 
-    monkeypatch.setattr(collate, "_padded", shifted)
+    monkeypatch.setattr(collate, "_packed", late)
     with pytest.raises(CheckFailed, match="do not predict the completion's tokens"):
         micro_batches([ragged(4)], FORM)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_resume import broken_before_the_last
-from world import World
 
 from runs import STAR, curve, run
+from test_resume import broken_before_the_last
 from unisd_megatron.weights.tiny import write_tiny
+from world import World
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 1}

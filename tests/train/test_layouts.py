@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import World
 
 from runs import QUICK, STAR, curve, run
 from unisd_megatron.train.metrics import read_metrics
+from world import World
 
 STEPS = 10
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import broken_before_the_last
-from world import World
 
 from runs import STAR, curve, run
+from test_resume import broken_before_the_last
 from unisd_megatron.modes import MODES
+from world import World
 
 RANDOM_CONTEXTS = {"num_auxiliary_contexts": 2}
 RUNNABLE = [mode for mode in MODES if not mode.endswith(("_retrieval", "_induction"))]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import World
 
 from runs import STAR, curve, run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.train import checkpoint
+from world import World
 
 LAYOUT = {"pipeline_model_parallel_size": 2}
 KEEP = {"save_steps": 3, "save_total_limit": 0, "token_clip_quantile": 0.9}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from world import World
 
 from runs import QUICK, TINY, one_run
 from unisd_megatron.errors import CheckFailed
@@ -16,6 +15,7 @@ from unisd_megatron.mechanisms.objective import TokenStats
 from unisd_megatron.rollout.transformers import TransformersEngine
 from unisd_megatron.train import checkpoint, step
 from unisd_megatron.weights.tiny import write_tiny
+from world import World
 
 FLAGS: dict[str, Any] = {
     **QUICK,

@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import World
 
 from unisd_megatron.batch import View
 from unisd_megatron.cli import main
@@ -28,6 +27,7 @@ from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
 from unisd_megatron.weights.hf import HfFolder, save_folder
 from unisd_megatron.weights.tiny import write_tiny
+from world import World
 
 FAMILIES = ("qwen2", "llama")
 KINDS = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16", "float16")]
