@@ -47,8 +47,8 @@ class Teacher:
         self._borrows = kind != "live" and memory != "beside"
         self._on_host = memory == "host"
         self._head: Tensor | None = None
-        if kind != "live" and not self._borrows:
-            model.requires_grad_(False)
+        # Weights of its own keep `requires_grad`, which nothing uses: Megatron's linear layers add the bias of frozen weights
+        # in another order, and where a teacher is kept would show in its last digits.
         self.shards: WeightShards | None = None
         if kind == "ema" or self._borrows:
             dtype = torch.float32 if kind == "ema" else None
