@@ -162,6 +162,11 @@ class Teacher:
     teacher: Literal["frozen", "ema", "live"] | None = setting(None, "frozen base, moving average, or the student itself")
     ref_model_sync_steps: int | None = setting(None, "optimizer steps between EMA updates (10)")
     ref_model_mixup_beta: float | None = setting(None, "EMA weight of the old teacher (0.9)")
+    teacher_memory: Literal["beside", "swap", "host"] = setting(
+        "beside",
+        "the teacher's weights: next to the student's, in the student's place while it reads (the rest cut over data-parallel "
+        "ranks), or so with the rest in host memory; the numbers are the same",
+    )
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ RESUME_MAY_CHANGE = frozenset(
         "replay_path",
         "data_path",
         "loss_path",
+        "teacher_memory",
     }
 )
 """Settings that a resumed run may state differently without becoming another run."""
@@ -359,6 +365,7 @@ def _refuse_idle_flags(run: Run) -> None:
         ),
         (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
         (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
+        (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),

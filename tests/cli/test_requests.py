@@ -118,6 +118,7 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "idle margin": ({"--contrastive_margin": "0.5"}, ["--contrastive_margin", "vanilla", "--contrastive_weight"]),
     "idle gamma": ({"--mode": "ema", "--gamma_agreement": "1"}, ["--gamma_agreement", "ema", "agreement modes"]),
     "idle ema": ({"--ref_model_mixup_beta": "0.9"}, ["--ref_model_mixup_beta", "vanilla", "--teacher ema"]),
+    "idle teacher memory": ({"--teacher": "live", "--teacher-memory": "swap"}, ["--teacher_memory", "frozen or ema"]),
     "idle matching": ({"--final-layer-distill-weight": "1"}, ["--final_layer_distill_weight", "match_joint"]),
     "idle contexts": ({"--num-auxiliary-contexts": "2"}, ["--num_auxiliary_contexts", "agreement modes"]),
     "idle replay": ({"--replay_path": "model"}, ["--replay_path", "--rollout replay"]),

@@ -1,43 +1,49 @@
-"""The EMA teacher moves as its equation says, also where bf16 could not show it."""
+"""The teacher: its average follows its equation, and the three ways to keep its weights differ in memory alone."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from unisd_megatron.config import Layout
+from unisd_megatron.batch import Sample
+from unisd_megatron.config import Layout, resolve
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.families import FAMILIES
+from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.mcore.model import build
 from unisd_megatron.mcore.teacher import Teacher
-from unisd_megatron.parity.layout import InMemory
+from unisd_megatron.mechanisms.objective import LossSettings, loss_settings
+from unisd_megatron.parity.layout import VIEWS, InMemory, Rig
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import tiny_model
 from world import World
 
 
-def ema_error(rank: int, group: Any, bf16: bool) -> tuple[float, float, bool]:
+def tiny(layout: Layout, grid: Grid, seed: int = 1) -> Any:
+    reference = tiny_model("qwen2", seed)
+    arch = FAMILIES["qwen2"].arch(reference.config.to_dict())
+    model = build(arch, layout, platforms.choose(), grid)
+    mappings = FAMILIES["qwen2"].mappings(arch)
+    stream.load(model.named_shards(), mappings, InMemory(reference), grid.tensor)  # type: ignore[arg-type]
+    return model
+
+
+def ema_error(rank: int, group: Any, layout: Layout) -> tuple[float, float, bool]:
     """After 50 updates towards a student that moves a little each time: worst error against the closed form, of the
-    masters and (what a bf16 average would have lost) of the weights; and whether off-beat steps moved anything."""
-    layout, platform = Layout(2, 2, bf16=bf16), platforms.choose()
-    with start.world(platform, layout, 1) as grid:
-        models = []
-        for seed in (1, 1):
-            reference = tiny_model("qwen2", seed)
-            family = FAMILIES["qwen2"]
-            arch = family.arch(reference.config.to_dict())
-            model = build(arch, layout, platform, grid)
-            stream.load(model.named_shards(), family.mappings(arch), InMemory(reference), grid.tensor)  # type: ignore[arg-type]
-            models.append(model)
-        student, beta = models[0], 0.9
-        teacher = Teacher(models[1], "ema", grid, beta=beta, every=2)
+    fp32 average and (what a bf16 average would have lost) of the weights; and whether off-beat steps moved anything."""
+    with start.world(platforms.choose(), layout, 1) as grid:
+        student, beta = tiny(layout, grid), 0.9
+        teacher = Teacher(tiny(layout, grid), "ema", grid, beta=beta, every=2)
         expected = {name: p.detach().double().clone() for name, p in student.named_shards()}
         off_beat = False
-        generator = torch.Generator().manual_seed(rank)
+        generator = torch.Generator().manual_seed(grid.replica.rank)
         for step in range(1, 101):
             with torch.no_grad():
                 for _, p in student.named_shards():
@@ -46,14 +52,18 @@ def ema_error(rank: int, group: Any, bf16: bool) -> tuple[float, float, bool]:
                 for name, p in student.named_shards():
                     expected[name] = beta * expected[name] + (1 - beta) * p.detach().double()
             off_beat |= teacher.follow(student, step) != (step % 2 == 0)
-        masters = max(float((teacher.masters[name].double() - e).abs().max()) for name, e in expected.items())
+        average = {name: torch.empty(p.shape) for name, p in student.named_shards()}
+        assert teacher.shards is not None
+        teacher.shards.write_(average.items())
+        masters = max(float((average[name].double() - e).abs().max()) for name, e in expected.items())
         weights = max(float((p.double() - expected[name]).abs().max()) for name, p in teacher.model.named_shards())
         return masters, weights, off_beat
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_equals_its_closed_form(world: World, bf16: bool) -> None:
-    for masters, weights, off_beat in world.run(4, ema_error, bf16):
+@pytest.mark.parametrize("stages", [1, 2])
+def test_equals_its_closed_form(world: World, stages: int, bf16: bool) -> None:
+    for masters, weights, off_beat in world.run(4, ema_error, Layout(2, stages, bf16=bf16)):
         assert masters <= 1e-6
         assert weights <= (1e-2 if bf16 else 1e-6)  # half a unit in the last place of bf16 near 2
         assert not off_beat
@@ -73,4 +83,101 @@ def mismatched(rank: int, group: Any) -> str:
 
 
 def test_fails_loudly_when_parameters_do_not_match(world: World) -> None:
-    assert "of the student" in world.run(1, mismatched)[0]
+    assert "do not match" in world.run(1, mismatched)[0]
+
+
+def held() -> int:
+    """Bytes of this process's tensors that were made after `gc.freeze()`."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def costs(rank: int, group: Any, layout: Layout) -> list[tuple[str, str, int, int, int]]:
+    """Of each teacher: weights of this rank's stage, bytes it adds to the student's module, bytes of its shards."""
+    with start.world(platforms.choose(), layout, 1) as grid:
+        student, found = tiny(layout, grid), []
+        n = sum(parameter.numel() for _, parameter in student.named_shards())
+        gc.freeze()
+        for kind in ("ema", "frozen"):
+            for memory in ("beside", "swap"):
+                teacher = Teacher(tiny(layout, grid) if memory == "beside" else student, kind, grid, 0.9, 1, memory)
+                shards = 0 if teacher.shards is None else teacher.shards.values.untyped_storage().nbytes()
+                found.append((kind, memory, n, held(), shards))
+                del teacher
+        gc.unfreeze()
+        return found
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, bf16=True), Layout(1, 2, bf16=True), Layout(1, 1, bf16=True)])
+def test_memory_is_what_the_table_says(world: World, layout: Layout) -> None:
+    """docs/teacher_memory.md, bf16: 4 n / DP bytes of an average, 2 n / DP of frozen shards, 2 n of weights beside."""
+    replicas = 4 // layout.model_parallel_size
+    for found in world.run(4, costs, layout):
+        for kind, memory, n, added, shards in found:
+            size = {("ema", memory): 4, ("frozen", "beside"): 0}.get((kind, memory), 2)
+            assert shards == size * -(-n // replicas), (kind, memory)
+            beside = 2 * n if memory == "beside" else 0
+            assert 0 <= added - beside - shards < 2_000, (kind, memory)  # rotary frequencies
+
+
+def settings() -> LossSettings:
+    return dataclasses.replace(loss_settings(resolve({"mode": "unisd_star", "model_name": "tiny"}, {})), views=VIEWS)
+
+
+def borrowing(rig: Rig, kind: Any, memory: Any) -> Teacher:
+    """A teacher with the weights of the rig's that reads in the student's module."""
+    own = [parameter.detach().clone() for _, parameter in rig.student.model.named_shards()]
+    with torch.no_grad():
+        for (_, mine), (_, others) in zip(rig.student.model.named_shards(), rig.teacher.model.named_shards(), strict=True):
+            mine.copy_(others)
+        teacher = Teacher(rig.student.model, kind, rig.grid, 0.9, 1, memory)
+        for (_, mine), kept in zip(rig.student.model.named_shards(), own, strict=True):
+            mine.copy_(kept)
+    return teacher
+
+
+def gradients(rank: int, group: Any, layout: Layout) -> list[str]:
+    """What differs from a teacher beside the student."""
+    with start.world(platforms.choose(), layout, 1) as grid:
+        rig = Rig(layout, platforms.choose(), grid)
+        before = [parameter.detach().clone() for _, parameter in rig.student.model.named_shards()]
+        loss, expected, norm = rig.gradients(settings(), rig.samples)
+        wrong = []
+        for kind, memory in (("frozen", "swap"), ("ema", "host")):
+            found_loss, found, found_norm = rig.gradients(settings(), rig.samples, borrowing(rig, kind, memory))
+            wrong += [f"{kind} {memory} {name}" for name, g in expected.items() if not torch.equal(g, found[name])]
+            wrong += [f"{kind} {memory}"] * ((found_loss, found_norm) != (loss, norm))
+            after = [parameter for _, parameter in rig.student.model.named_shards()]
+            wrong += ["student"] * (not all(map(torch.equal, before, after)))
+        return wrong
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(2, 1, global_batch_size=8), Layout(1, 2, global_batch_size=8, use_distributed_optimizer=True)]
+)
+def test_losses_and_gradients_do_not_depend_on_where_the_teacher_is_kept(world: World, layout: Layout) -> None:
+    assert world.run(4, gradients, layout) == [[]] * 4
+
+
+def after_a_failure(rank: int, group: Any) -> tuple[bool, bool]:
+    """Whether a pass over tokens that the model does not know failed, and the student then had its weights again."""
+    layout = Layout(global_batch_size=8)
+    with start.world(platforms.choose(), layout, 1) as grid:
+        rig = Rig(layout, platforms.choose(), grid)
+        before = [parameter.detach().clone() for _, parameter in rig.student.model.named_shards()]
+        unknown = [
+            Sample(one.prompts, dataclasses.replace(one.completion, token_ids=[10**6] * len(one.completion.token_ids)))
+            for one in rig.samples
+        ]
+        try:
+            rig.gradients(settings(), unknown, borrowing(rig, "frozen", "swap"))
+            failed = False
+        except IndexError:
+            failed = True
+        after = [parameter for _, parameter in rig.student.model.named_shards()]
+        return failed, all(map(torch.equal, before, after))
+
+
+def test_a_failed_pass_gives_the_student_its_weights_back(world: World) -> None:
+    assert world.run(2, after_a_failure) == [(True, True)] * 2

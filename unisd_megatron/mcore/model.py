@@ -79,10 +79,6 @@ class Stage:
         for chunk in self.chunks:
             yield from chunk.named_shards()
 
-    def requires_grad_(self, wanted: bool) -> None:
-        for chunk in self.chunks:
-            chunk.requires_grad_(wanted)
-
     def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """What `dist_checkpointing` saves and loads, by chunk; layers are keyed by their global number, whatever the layout."""
         return {str(i): chunk.sharded_state_dict(prefix=prefix, metadata=metadata) for i, chunk in enumerate(self.chunks)}

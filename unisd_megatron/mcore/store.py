@@ -10,15 +10,14 @@ import queue
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from unisd_megatron.errors import CheckpointError
+from unisd_megatron.mcore import teacher_state
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
@@ -59,7 +58,7 @@ def load(folder: Path, model: Stage, student: Student | None = None, teacher: Te
     if student is not None:
         student.optimizer.load_state_dict(loaded[OPTIMIZER])
     if teacher is not None and teacher.kind != "live":
-        _restore_teacher(teacher, loaded[TEACHER])
+        teacher.restore(loaded[TEACHER])
 
 
 def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:
@@ -74,37 +73,5 @@ def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is
     if student is not None:
         state[OPTIMIZER] = student.optimizer.sharded_state_dict(of_model, is_loading=is_loading, metadata=metadata)
     if teacher is not None and teacher.kind != "live":
-        of_teacher = teacher.model.sharded_state_dict(prefix=f"{TEACHER}.", metadata=metadata)
-        if teacher.masters:
-            _put_masters(of_teacher, teacher)
-        state[TEACHER] = of_teacher
+        state[TEACHER] = teacher_state.describe(teacher, f"{TEACHER}.", metadata, is_loading=is_loading)
     return state
-
-
-def _put_masters(of_teacher: ShardedStateDict, teacher: Teacher) -> None:
-    """The checkpoint holds the fp32 masters in place of the rounded weights."""
-    storage = {parameter.data_ptr(): name for name, parameter in teacher.model.named_shards()}
-    replaced = set()
-    for entry in nested_values(of_teacher):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
-            name = storage.get(entry.data.data_ptr())
-            if name is not None:
-                replaced.add(name)
-                entry.data = teacher.masters[name].view(entry.data.shape)
-                if isinstance(entry, ShardedTensor):
-                    entry.dtype = torch.float32
-    if replaced != teacher.masters.keys():
-        missing = sorted(teacher.masters.keys() - replaced)
-        raise CheckpointError(f"the checkpoint would miss the teacher's {missing[0]} and {len(missing) - 1} more")
-
-
-def _restore_teacher(teacher: Teacher, loaded: dict[str, Any]) -> None:
-    if not teacher.masters:
-        teacher.model.load_state_dict(loaded, f"{TEACHER}.")
-        return
-    canonical = {id(parameter): name for name, parameter in teacher.model.named_shards()}
-    with torch.no_grad():
-        for i, chunk in enumerate(teacher.model.chunks):
-            for name, parameter in chunk.named_parameters():
-                teacher.masters[canonical[id(parameter)]].copy_(loaded[str(i)][f"{TEACHER}.{name}"])
-    teacher.refresh()

@@ -1,76 +1,123 @@
 """The teacher: the same architecture and layout as the student, other weights, no gradient.
 
-`frozen` never moves; `ema` follows the student with fp32 masters; `live` is the student itself.
+`frozen` never moves; `ema` follows the student, averaged in fp32, 1/DP on each rank; `live` is the student itself.
+`beside` keeps the teacher's weights next to the student's; `swap` and `host` lend it the student's for the time it reads, with
+1/DP of what is not in use on each rank, in device or host memory. The numbers are the same: docs/teacher_memory.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from unisd_megatron.batch import View
-from unisd_megatron.errors import CheckFailed
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.schedule import Said
-from unisd_megatron.mechanisms.ema import mix_
+from unisd_megatron.mcore.shards import WeightShards
 
 
 class Teacher:
-    """Reads views; with `ema`, keeps `masters`: fp32 values of its own shards, in the order of the parameters.
+    """Reads views with its own weights.
 
-    Args: model: the teacher's own module, or the student's when `kind` is "live"; beta: EMA weight of the old teacher;
-    every: optimizer steps between updates.
+    Attributes: shards: this rank's 1/DP of them: fp32 of an `ema` teacher, the weights' dtype of a frozen one that borrows
+    the student's module, None where the module holds all there is.
+    Args: model: the teacher's own module, or the student's when `kind` is "live" or `memory` not "beside" (with the teacher's
+    first weights in it); beta: EMA weight of the old teacher; every: optimizer steps between updates.
     """
 
     def __init__(
-        self, model: Stage, kind: Literal["frozen", "ema", "live"], grid: Grid, beta: float = 0.0, every: int = 0
+        self,
+        model: Stage,
+        kind: Literal["frozen", "ema", "live"],
+        grid: Grid,
+        beta: float = 0.0,
+        every: int = 0,
+        memory: Literal["beside", "swap", "host"] = "beside",
     ) -> None:
         self.model = model
         self.kind = kind
         self.grid = grid
         self._beta, self._every = beta, every
-        if kind != "live":
-            model.requires_grad_(False)
-        # In fp32 the weights are their own masters: `float()` returns the same tensor.
-        self.masters: dict[str, Tensor] = (
-            {name: parameter.detach().float() for name, parameter in model.named_shards()} if kind == "ema" else {}
-        )
+        self._borrows = kind != "live" and memory != "beside"
+        self._on_host = memory == "host"
+        self._head: Tensor | None = None
+        # Weights of its own keep `requires_grad`, which nothing uses: Megatron's linear layers add the bias of frozen weights
+        # in another order, and where a teacher is kept would show in its last digits.
+        self.shards: WeightShards | None = None
+        if kind == "ema" or self._borrows:
+            dtype = torch.float32 if kind == "ema" else None
+            self.shards = WeightShards(model.named_shards(), grid.data_context, dtype=dtype, on_host=self._on_host)
 
     def score(self, views: Sequence[View], listen: Callable[[int, Tensor], Said]) -> list[Said]:
-        """Reads the views in one forward-only schedule; see `schedule.score`."""
-        return schedule.score(self.model.chunks, views, listen, self.grid)
+        """Reads the views in one forward-only schedule; see `schedule.score`. With borrowed weights also collective over DP."""
+        with self._weights_in_place():
+            return schedule.score(self.model.chunks, views, listen, self.grid)
 
     def head_weight(self) -> Tensor:
-        """This rank's shard of the teacher's head `[V/t, h]`, detached; on the last stage only."""
-        return self.model.head_weight().detach()
+        """This rank's shard of the teacher's head `[V/t, h]`, detached; on the last stage only.
 
-    @torch.no_grad()
+        With borrowed weights it is a copy from the latest `score`: the loss needs both heads at once.
+        """
+        if not self._borrows:
+            return self.model.head_weight().detach()
+        assert self._head is not None, "a teacher that borrows its weights has a head once it has read"
+        return self._head
+
     def follow(self, student: Stage, steps_done: int) -> bool:
-        """Moves the teacher towards the student if an update is due after `steps_done` optimizer steps. No communication.
+        """Moves the teacher towards the student if an update is due after `steps_done` optimizer steps.
 
-        theta_T <- beta theta_T + (1 - beta) theta_S (paper, eq. 3) on the fp32 masters, then cast into the weights.
-        Raises `CheckFailed` if student and teacher do not match parameter by parameter. Returns whether it moved.
+        theta_T <- beta theta_T + (1 - beta) theta_S (paper, eq. 3) in fp32 on this rank's 1/DP; then, with weights of its own,
+        cast and gathered into them (collective over DP). Raises `CheckFailed` if student and teacher do not match parameter
+        by parameter. Returns whether it moved.
         """
         if self.kind != "ema" or steps_done % self._every:
             return False
-        shards = dict(student.named_shards())
-        if not shards or shards.keys() != self.masters.keys():
-            raise CheckFailed(
-                f"the EMA teacher matched {len(shards.keys() & self.masters.keys())} of its {len(self.masters)} parameters "
-                f"with the {len(shards)} of the student"
-            )
-        mix_(self.masters.values(), [shards[name].detach() for name in self.masters], self._beta)
-        self.refresh()
+        assert self.shards is not None
+        self.shards.mix_(student.named_shards(), self._beta)
+        if not self._borrows:
+            self.shards.write_(self.model.named_shards())
         return True
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights of this stage by canonical name, as a checkpoint holds them: fp32 of an EMA. Collective over DP.
+
+        Content that is gathered for it is in host memory, on the first data-parallel rank; the others have `meta` tensors.
+        """
+        if self.shards is not None:
+            return self.shards.to_host()
+        return {name: parameter.detach() for name, parameter in self.model.named_shards()}
+
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Casts the masters into the weights (after an update or a restore)."""
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Takes whole weights, on every rank, in the form that `weights` gives. Collective over DP."""
+        if self.shards is not None:
+            self.shards.take((name, weights[name]) for name, _ in self.model.named_shards())
+            if not self._borrows:
+                self.shards.write_(self.model.named_shards())
+            return
         for name, parameter in self.model.named_shards():
-            if name in self.masters:
-                parameter.copy_(self.masters[name])
+            parameter.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def _weights_in_place(self) -> Iterator[None]:
+        """The module holds the teacher's weights; afterwards, whatever happens, the student's again, bit for bit."""
+        if not self._borrows:
+            yield
+            return
+        assert self.shards is not None
+        # Made anew for each pass: the student's backward, the step's peak of memory, does not have it.
+        aside = WeightShards(self.model.named_shards(), self.grid.data_context, on_host=self._on_host)
+        try:
+            self._head = None
+            self.shards.write_(self.model.named_shards())
+            if self.grid.is_last_stage:
+                self._head = self.model.head_weight().detach().clone()
+            yield
+        finally:
+            aside.write_(self.model.named_shards())

@@ -101,13 +101,14 @@ def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Pa
         return load_stage(prepared.source, run.layout, platform, grid)
 
     model = stage()
-    kind = teacher_kind(run)
+    kind, memory = teacher_kind(run), run.teacher.teacher_memory
     teacher = Teacher(
-        model if kind == "live" else stage(),
+        stage() if kind != "live" and memory == "beside" else model,
         kind,
         grid,
         beta=run.teacher.ref_model_mixup_beta or 0.0,
         every=run.teacher.ref_model_sync_steps or 0,
+        memory=memory,
     )
     student = Student(model, run.layout, run.optimization, prepared.max_steps, grid)
     learner = Learner(student, teacher, Objective(loss_settings(run), grid.data, grid.data_context), prepared.source.arch, grid)
