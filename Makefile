@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 TORCH_INDEX ?=
+# The texts of `make bench`: a task, and its file where there is no hub.
+BENCH_DATASET ?= addition
+BENCH_DATA ?=
 # The rollout engine of the demo; more engines will be names here.
 ENGINE ?= transformers
 ifneq ($(ENGINE),transformers)
@@ -30,7 +33,8 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m unisd_megatron bench --output-dir runs/bench
+	$(BIN)/python -m unisd_megatron bench loss --output-dir runs/bench
+	$(BIN)/python -m unisd_megatron bench step --output-dir runs/bench --dataset $(BENCH_DATASET) $(if $(BENCH_DATA),--data-path $(BENCH_DATA))
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from unisd_megatron.bench.memory import PeakMemory
+from unisd_megatron.bench.processes import measure_in_fresh_processes
 from unisd_megatron.bench.ways import WAYS
-from unisd_megatron.errors import CheckFailed
 from unisd_megatron.losses import enter_shards
 
 # What eager code was seen to hold, bytes per logit of the full vocabulary; only decides whether it is tried.
@@ -88,37 +86,20 @@ def measure_all(
 
 
 def measure(cell: Cell) -> Cost | None:
-    """Runs the cell in `cell.tensor` fresh processes. Raises `CheckFailed` with their last words if one fails."""
+    """Runs the cell in `cell.tensor` fresh processes."""
     if cell.way == "eager" and not _eager_fits(cell):
         return None
-    threads = str(max(1, (os.cpu_count() or 1) // cell.tensor))
-    port = str(_free_port())
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for variable in [name for name in environment if name.startswith("MALLOC_")]:
-        del environment[variable]  # they keep freed memory mapped, which would count as used
-    command = [sys.executable, "-m", "unisd_megatron.bench.loss", json.dumps(asdict(cell))]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(cell.tensor)
-    ]
-    try:
-        said = [rank.communicate(timeout=TIMEOUT.total_seconds()) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, said, strict=True):
-        if rank.returncode != 0:
-            raise CheckFailed(f"benchmark of {cell} failed: {' | '.join(errors.strip().splitlines()[-3:])}")
-    costs = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    costs = measure_in_fresh_processes("unisd_megatron.bench.loss", asdict(cell), cell.tensor)
     return Cost(max(c["seconds"] for c in costs), max(c["bytes"] for c in costs))
 
 
-def run(cell: Cell, rank: int) -> Cost:
+def run(cell: Cell) -> Cost:
     """This rank's cost; the processes of all ranks run it together. A small warm-up first, then one measured pass."""
+    rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     group = None
     if cell.tensor > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=cell.tensor, timeout=TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         group = dist.group.WORLD
     _pass(cell, 64, rank, group, device)
     return _pass(cell, cell.tokens, rank, group, device)
@@ -168,11 +149,5 @@ def _line(cell: Cell, cost: Cost | None) -> str:
     return f"T {cell.tokens:6d}  V {cell.vocab_size:7d}  H {cell.hidden:5d}  TP {cell.tensor}  {cell.way:12} {found}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 if __name__ == "__main__":
-    print(json.dumps(asdict(run(Cell(**json.loads(sys.argv[1])), int(sys.argv[2])))))
+    print(json.dumps(asdict(run(Cell(**json.loads(sys.argv[1]))))))

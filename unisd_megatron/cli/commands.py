@@ -129,6 +129,25 @@ def parity_golden(request: argparse.Namespace) -> int:
 
 
 def bench(request: argparse.Namespace) -> int:
+    return _bench_loss(request) if request.what == "loss" else _bench_step(request)
+
+
+def _bench_step(request: argparse.Namespace) -> int:
+    from unisd_megatron.bench import step
+    from unisd_megatron.data import TASKS
+
+    if request.dataset not in TASKS:
+        raise ConfigError(f"unknown --dataset {request.dataset!r}; use one of {', '.join(TASKS)}")
+    TASKS[request.dataset]().load("train", request.data_path)
+    table = step.markdown(step.measure_all(request.dataset, request.data_path, say))
+    output = Path(request.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"step_{request.dataset}.md").write_text(table + "\n")
+    say("\n" + table)
+    return 0
+
+
+def _bench_loss(request: argparse.Namespace) -> int:
     from unisd_megatron.bench import loss, report
 
     sizes = loss.sizes_for_this_machine()

@@ -186,8 +186,11 @@ def _add_parity(subparsers: Any) -> None:
 
 
 def _add_bench(subparsers: Any) -> None:
-    parser = _command(subparsers, "bench", commands.bench, "Time and peak memory of the loss: eager, materialised, fused.")
-    flag(parser, "output_dir", default="runs/bench", metavar="DIR", help="for loss.json, loss.md and loss.png (runs/bench)")
+    parser = _command(subparsers, "bench", commands.bench, "What the loss and the passes of a step cost, measured.")
+    parser.add_argument("what", choices=["loss", "step"], help="the loss three ways, or teacher and student passes")
+    flag(parser, "output_dir", default="runs/bench", metavar="DIR", help="for tables and pictures (runs/bench)")
+    flag(parser, "dataset", default="addition", help="step: the task whose texts make the batch (addition)")
+    flag(parser, "data_path", metavar="FILE", help="step: its file; otherwise from the hub")
     defaults = "on a CPU; larger on a GPU"
     flag(parser, "tokens", type=int, nargs="+", metavar="T", help=f"completion tokens (512 2048 {defaults})")
     flag(parser, "vocab_sizes", type=int, nargs="+", metavar="V", help="vocabularies (32000 151936)")
