@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from unisd_megatron.cli import main
 from unisd_megatron.parity.restart import differences
 
+pytestmark = pytest.mark.timeout(600)  # four starts of torchrun, each of them all imports: minutes on a busy machine
 RESTART = ["parity", "restart"]
 LATE = ["--kills", "1", "--steps", "6", "--seed", "12"]  # this seed's kill comes when there is a checkpoint to resume from
 
@@ -23,7 +24,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and what was printed."""
     folder = tmp_path_factory.mktemp("restart") / "proof"
     command = [sys.executable, "-m", "unisd_megatron", *RESTART, *LATE, "--output_dir", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
