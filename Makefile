@@ -38,7 +38,7 @@ test-latest: $(LATEST)/.ready
 	$(LATEST)/bin/python -m pytest tests/mcore tests/weights tests/train/test_resume.py tests/train/test_async_save.py tests/parity
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 4 -m unisd_megatron parity --tp 2 --pp 2 --sequence-parallel
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 2 -m unisd_megatron parity --family llama --micro-batch-size 2
-	$(LATEST)/bin/python -m unisd_megatron parity restart --kills 2 --steps 4
+	$(LATEST)/bin/python -m unisd_megatron parity restart --kills 2 --steps 8
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m unisd_megatron bench --output-dir runs/bench
