@@ -13,7 +13,12 @@ ENGINE ?= transformers
 ifneq ($(ENGINE),transformers)
 $(error ENGINE=$(ENGINE): this version generates with `transformers` only)
 endif
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_FLAGS := --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
+# The second column: the newest measured megatron-core, on Python 3.12, in an environment of its own.
+PYTHON_LATEST ?= python3.12
+LATEST := .venv-latest
+PIP_LATEST := $(LATEST)/bin/python -m pip install $(PIP_FLAGS)
 
 # One thread per process: two processes share two cores. The malloc settings keep freed buffers mapped (a quarter
 # faster for small models on the CPU).
@@ -24,13 +29,19 @@ export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-latest bench lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo/run.py --seed $(SEED)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+test-latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pytest tests/mcore tests/weights tests/train/test_resume.py tests/train/test_async_save.py tests/parity
+	$(LATEST)/bin/torchrun --standalone --nproc-per-node 4 -m unisd_megatron parity --tp 2 --pp 2 --sequence-parallel
+	$(LATEST)/bin/torchrun --standalone --nproc-per-node 2 -m unisd_megatron parity --family llama --micro-batch-size 2
+	$(LATEST)/bin/python -m unisd_megatron parity restart --kills 2 --steps 8
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m unisd_megatron bench loss --output-dir runs/bench
@@ -53,5 +64,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP) --no-build-isolation -e '.[cpu,dev]'
 	touch $@
 
+$(LATEST)/.ready: setup.py
+	$(PYTHON_LATEST) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "Python 3.12 is needed; make PYTHON_LATEST=...")'
+	test -x $(LATEST)/bin/python || $(PYTHON_LATEST) -m venv $(LATEST)
+	$(PIP_LATEST) 'setuptools==78.1.1' wheel
+	$(PIP_LATEST) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch==2.13.0'
+	$(PIP_LATEST) --no-build-isolation -e '.[latest,dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) $(LATEST) runs *.egg-info

@@ -38,6 +38,8 @@ setup(
     install_requires=CORE,
     extras_require={
         "cpu": ["torch==2.13.0", "megatron-core==0.16.1", "transformers==5.19.0"],
+        # The other end of the measured range; triton is needed there even without a GPU.
+        "latest": ["torch==2.13.0", "megatron-core==0.19.2", "transformers==5.19.0", TRITON],
         "data": ["datasets>=4"],
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
         "vllm": ["vllm>=0.32,<0.33"],

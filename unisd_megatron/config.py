@@ -193,6 +193,7 @@ class Schedule:
     seed: int = setting(42, "seed of data order, sampling and contexts")
     save_steps: int = setting(0, "optimizer steps between checkpoints; 0: only at the end")
     save_total_limit: int = setting(2, "checkpoints kept; 0: all")
+    async_save: bool = setting(False, "write checkpoints from forked processes while training goes on (host memory for a copy)")
     eval_steps: int = setting(0, "optimizer steps between held-out evaluations; 0: none")
     eval_examples: int = setting(300, "held-out questions per evaluation")
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
@@ -255,7 +256,7 @@ GROUPS: dict[str, type] = {
 
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
-    | {"output_dir", "save_steps", "save_total_limit", "eval_steps", "eval_examples", "eval_data_path"}
+    | {"output_dir", "save_steps", "save_total_limit", "async_save", "eval_steps", "eval_examples", "eval_data_path"}
     | {
         "resume_from_checkpoint",
         "export_hf",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
@@ -57,6 +59,8 @@ def _validate_needs(run: Run) -> None:
         raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
     if run.rollout.rollout == "replay" and run.schedule.eval_steps:
         raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
+    if run.schedule.async_save and "fork" not in multiprocessing.get_all_start_methods():
+        raise ConfigError("--async_save writes from forked processes and this platform cannot fork; drop it")
     if run.teacher.teacher == "ema":
         steps, beta = run.teacher.ref_model_sync_steps, run.teacher.ref_model_mixup_beta
         if steps is None or steps < 1 or beta is None or not 0.0 <= beta < 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -126,6 +127,32 @@ def parity_golden(request: argparse.Namespace) -> int:
         worst = max(worst, *case.errors.values())
     say(f"max error {worst:.2e} (at most {TOLERANCE:g})")
     return 0 if worst <= TOLERANCE else 1
+
+
+def parity_restart(request: argparse.Namespace) -> int:
+    import signal
+    import sys
+    import tempfile
+
+    _prepare_libraries()
+    from unisd_megatron.parity.restart import Plan, prove
+    from unisd_megatron.weights.hf import require_new_folder
+
+    def plan(folder: str) -> Plan:
+        layout = Layout(request.tensor_model_parallel_size, request.pipeline_model_parallel_size)
+        return Plan(Path(folder).absolute(), request.kills, request.steps, request.nproc, layout, request.seed)
+
+    plan(".").check()
+    if request.output_dir is not None:
+        require_new_folder(Path(request.output_dir))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run's processes are ended too
+    with contextlib.ExitStack() as stack:
+        folder = request.output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="unisd-restart-"))
+        differences = prove(plan(folder), say)
+    for line in differences[:20]:
+        say(f"differs: {line}")
+    say(f"{request.kills} kill{'s' * (request.kills > 1)}, {len(differences)} difference{'s' * (len(differences) != 1)}")
+    return 1 if differences else 0
 
 
 def bench(request: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _subcommand_words(arguments: Sequence[str]) -> list[str]:
     """Flags in one spelling; `parity FLAGS` is the layout check, `parity golden FILE` another subcommand of that name."""
     words = [_underscored(word) for word in arguments]
-    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["-h"], ["--help"]):
+    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["restart"], ["-h"], ["--help"]):
         words.insert(1, "layout")
     return words
 
@@ -162,9 +162,9 @@ def _add_verify(subparsers: Any) -> None:
 
 def _add_parity(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`."
+        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `parity restart`."
     )
-    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden", parser_class=_Parser)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart", parser_class=_Parser)
     layout = _command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
@@ -183,6 +183,13 @@ def _add_parity(subparsers: Any) -> None:
     )
     golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
     golden.add_argument("file", metavar="FILE", help="golden vectors, JSON")
+    restart = _command(ways, "restart", commands.parity_restart, "A run killed at random points against the same run unbroken.")
+    flag(restart, "kills", type=int, default=5, metavar="K", help="SIGKILLs, each followed by a resumption (5)")
+    flag(restart, "steps", type=int, default=8, metavar="N", help="optimizer steps of the run (8)")
+    flag(restart, "seed", type=int, default=0, metavar="N", help="seed of the run and of the points (0)")
+    flag(restart, "nproc", type=int, default=2, metavar="P", help="processes; what TP x PP leaves is data-parallel (2)")
+    flag(restart, "output_dir", help="new folder to keep both runs and their logs in (a temporary one)")
+    _add_layout(restart)
 
 
 def _add_bench(subparsers: Any) -> None:

@@ -4,7 +4,7 @@
     RUN/checkpoints/step_000100/state.json  steps done, clip ceiling, the settings it was written under
     RUN/checkpoints/step_000100/config.json and the tokenizer, for `evaluate` and `convert export`
 
-A folder is written as `step_000100.partial` and renamed when everything is on disk. Whatever is random derives from
+A folder is written as `step_000100.<random>.partial` and renamed when everything is on disk. Whatever is random derives from
 (seed, purpose, step), so the number of steps done restores data order and sampling.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from unisd_megatron.config import RESUME_MAY_CHANGE, Run
 from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.train.step import Learner
 from unisd_megatron.weights.hf import copy_companions, read_json, resolve_folder
 
@@ -71,36 +73,70 @@ def check_same_run(state: dict[str, Any], run: Run, identity: dict[str, Any], pa
             raise ConfigError(f"{path} was written with {name} {state['identity'].get(name)}; this run has {value}")
 
 
-def save(learner: Learner, run: Run, identity: dict[str, Any], steps_done: int) -> Path:
-    """Writes the checkpoint of `steps_done` optimizer steps and drops the oldest beyond the limit. Collective.
+class Saver:
+    """Writes the checkpoints of a run and keeps them to a number; with `--async_save`, while training goes on.
 
     Args: identity: what makes the run itself beside its settings (digest of the data, number of steps).
     """
-    from unisd_megatron.mcore import store
 
-    assert run.schedule.output_dir is not None
-    final = Path(run.schedule.output_dir) / "checkpoints" / f"step_{steps_done:06d}"
-    partial = final.with_name(final.name + ".partial")
-    leads = learner.grid.world.rank == 0
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "shards").mkdir(parents=True)
-    dist.barrier()
-    store.save(partial / "shards", learner.student.model, learner.student, learner.teacher)
-    dist.barrier()
-    if leads:
-        copy_companions(resolve_folder(run.model_name), partial, learner.student.model.config.params_dtype)
+    def __init__(self, learner: Learner, run: Run, identity: dict[str, Any]) -> None:
+        from unisd_megatron.mcore.writing import Background
+
+        assert run.schedule.output_dir is not None
+        self._folder = Path(run.schedule.output_dir) / "checkpoints"
+        self._learner, self._run, self._identity = learner, run, identity
+        self._background = Background() if run.schedule.async_save else None
+        self._on_its_way: tuple[Path, Path] | None = None  # partial folder, final name
+
+    def save(self, steps_done: int) -> None:
+        """Writes, or begins to write, the checkpoint of this moment, after `steps_done` optimizer steps. Collective."""
+        from unisd_megatron.mcore import store
+
+        self.finish(wait=True)
+        learner = self._learner
+        final = self._folder / f"step_{steps_done:06d}"
+        # A name of its own, so that what a killed run's writer still writes can never mix with this.
+        token = broadcast_json(secrets.token_hex(4), 0, learner.grid.world)
+        partial = final.with_name(f"{final.name}.{token}.partial")
+        if learner.grid.world.rank == 0:
+            for abandoned in self._folder.glob("*.partial"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            (partial / "shards").mkdir(parents=True)
+            self._describe(partial, steps_done)
+        dist.barrier()
+        store.save(partial / "shards", learner.student.model, learner.student, learner.teacher, self._background)
+        self._on_its_way = partial, final
+        if self._background is None:
+            self._publish()
+
+    def finish(self, *, wait: bool) -> None:
+        """Makes a checkpoint that is on its way visible once every rank has written its part. Collective.
+
+        Args: wait: until that is so. Raises `CheckFailed`, on every rank, where a rank could not write.
+        """
+        if self._background is not None and self._background.finish(wait=wait):
+            self._publish()
+
+    def _describe(self, partial: Path, steps_done: int) -> None:
+        learner = self._learner
+        copy_companions(resolve_folder(self._run.model_name), partial, learner.student.model.config.params_dtype)
         state = {
             "steps_done": steps_done,
             "clip_ceiling": learner.objective.ceiling,
-            "identity": identity,
-            "settings": run.flat(),
+            "identity": self._identity,
+            "settings": self._run.flat(),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        partial.rename(final)
-        _prune(final, run.schedule.save_total_limit)
-    dist.barrier()
-    return final
+
+    def _publish(self) -> None:
+        assert self._on_its_way is not None
+        partial, final = self._on_its_way
+        dist.barrier()
+        if self._learner.grid.world.rank == 0:
+            partial.rename(final)
+            _prune(final, self._run.schedule.save_total_limit)
+        dist.barrier()
+        self._on_its_way = None
 
 
 def set_aside_later(output_dir: Path, steps_done: int) -> None:

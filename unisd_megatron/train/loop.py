@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from unisd_megatron.batch import STUDENT
 from unisd_megatron.config import Run
-from unisd_megatron.errors import CheckpointError
+from unisd_megatron.errors import CheckFailed, CheckpointError
 from unisd_megatron.evaluate.run import accuracy, answer
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.mcore import platform as platforms
@@ -89,20 +89,25 @@ def _check_output(run: Run, prepared: Prepared) -> tuple[Path, Path | None]:
 
 def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: Journal | None) -> None:
     schedule = parts.run.schedule
-    for step in range(first, prepared.max_steps):
-        if schedule.eval_steps and step % schedule.eval_steps == 0:
-            _evaluate(parts, prepared, step, output, journal)
-        report = train_step(parts, step)
-        if journal is not None:
-            journal.record(step, report.metrics)
-        if schedule.save_rollouts:
-            _record_rollouts(parts, report, step, output)
-        if schedule.save_steps and (step + 1) % schedule.save_steps == 0 and step + 1 < prepared.max_steps:
-            checkpoint.save(parts.learner, parts.run, prepared.identity, step + 1)
-    if first < prepared.max_steps:
-        checkpoint.save(parts.learner, parts.run, prepared.identity, prepared.max_steps)
-    if schedule.eval_steps:
-        _evaluate(parts, prepared, prepared.max_steps, output, journal)
+    saver = checkpoint.Saver(parts.learner, parts.run, prepared.identity)
+    try:
+        for step in range(first, prepared.max_steps):
+            saver.finish(wait=False)
+            if schedule.eval_steps and step % schedule.eval_steps == 0:
+                _evaluate(parts, prepared, step, output, journal)
+            report = train_step(parts, step)
+            if journal is not None:
+                journal.record(step, report.metrics)
+            if schedule.save_rollouts:
+                _record_rollouts(parts, report, step, output)
+            if step + 1 == prepared.max_steps or (schedule.save_steps and (step + 1) % schedule.save_steps == 0):
+                saver.save(step + 1)
+        if schedule.eval_steps:
+            _evaluate(parts, prepared, prepared.max_steps, output, journal)
+    except CheckFailed:  # every rank raises it alike, so all can complete the checkpoint that is on its way
+        saver.finish(wait=True)
+        raise
+    saver.finish(wait=True)
 
 
 def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None) -> None:
