@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`[prompt | completion]` of each sequence of a micro-batch behind one kind of prompt.
+    """`[prompt | completion]` of several sequences, as a model reads them in one go.
 
     Under context parallel each rank has its part of a packed row, cut as Megatron does: every segment into 2 cp chunks, of
     which rank r has chunks r and 2 cp - 1 - r. `segments` keeps counting whole segments.
@@ -70,12 +70,12 @@ class Dealt:
 
     owned: Tensor  # int64 [n]: the kept tokens that are predicted on this rank, in the order of `predictors`
     total: int  # N
-    share: slice  # of the N: what this rank computes the loss of
+    share: slice | Tensor  # of the N (or int64 places among them): what this rank computes
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """B sequences with all their views. The N kept tokens are the true entries of `mask` in row-major order.
+    """B sequences as the student reads them. The N kept tokens are the true entries of `mask` in row-major order.
 
     Context-parallel ranks hold the same micro-batch and share its loss: each computes the kept tokens `mine`, an even part.
     """
@@ -86,4 +86,22 @@ class MicroBatch:
     mine: Tensor  # bool [B, T], True where this rank computes it; `mask` without context parallel
     token_ids: Tensor  # int64 [n], the kept completion tokens that are `mine`
     engine_log_probs: Tensor  # fp32 [n], nats, of the rollout engine
-    views: Mapping[str, View]
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of kept tokens behind one view: rows `here` of a reading are tokens `there` of what is `mine` of a micro-batch."""
+
+    batch: int
+    name: str
+    here: slice
+    there: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the teacher reads in one go: sequences of any views and micro-batches, in rows of equal work."""
+
+    view: View
+    pieces: Sequence[Piece]

@@ -14,6 +14,7 @@ from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
 from unisd_megatron.mechanisms.objective import LossSettings, Objective
 from unisd_megatron.parity.layout import Rig
+from unisd_megatron.train.collate import Work
 from unisd_megatron.train.step import Learner, listen_to_teacher, share_out
 from world import World
 
@@ -40,7 +41,7 @@ def slots(stages: list[list[list[int]]]) -> int:
     return total
 
 
-def recorded(rig: Rig, work: Callable[[Learner, list[Any]], Any]) -> list[list[list[int]]]:
+def recorded(rig: Rig, work: Callable[[Learner, Work], Any]) -> list[list[list[int]]]:
     """What every stage ran while `work` was done, on every rank."""
     runs: list[list[int]] = []
     honest = schedule.get_forward_backward_func
@@ -54,16 +55,16 @@ def recorded(rig: Rig, work: Callable[[Learner, list[Any]], Any]) -> list[list[l
         chunk = rig.teacher.model.chunks[0]
         hook = chunk.register_forward_pre_hook(lambda *_: runs[-1].append(len(runs[-1])))
         learner = Learner(rig.student, rig.teacher, Objective(STAR, rig.grid.data), rig.arch, rig.grid)
-        _, batches = share_out(rig.samples, learner, rig.layout, mask_truncated=True)
-        work(learner, batches)
+        work(learner, share_out(rig.samples, learner, rig.layout, mask_truncated=True))
         hook.remove()
     return all_gather_json(runs, rig.grid.world)
 
 
-def one_by_one(learner: Learner, batches: list[Any]) -> None:
-    """As systems do that run the teacher once for each view."""
-    for name in learner.objective.settings.teacher_views:
-        learner.teacher.score([batch.views[name] for batch in batches], lambda i, rows: rows)
+def one_by_one(learner: Learner, work: Work) -> None:
+    """As systems do that run the teacher once for each view: so many schedules, each of so many micro-batches."""
+    for begin in range(0, len(work.readings), MICRO_BATCHES):
+        part = work.readings[begin : begin + MICRO_BATCHES]
+        learner.teacher.score([reading.view for reading in part], lambda i, rows: rows)
 
 
 def both(rank: int, group: Any) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unisd_megatron.batch import STUDENT, TEACHER, Completion, MicroBatch, Sample
+from unisd_megatron.batch import STUDENT, TEACHER, Completion, Sample
 from unisd_megatron.bench.processes import measure_in_fresh_processes
 from unisd_megatron.config import Layout, Optimization
 from unisd_megatron.data import TASKS, build_examples
@@ -30,7 +30,7 @@ from unisd_megatron.mcore.model import build
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, Objective
-from unisd_megatron.train.collate import padding_fraction
+from unisd_megatron.train.collate import Work
 from unisd_megatron.train.step import Learner, compute_gradients, listen_to_teacher, share_out
 from unisd_megatron.weights.tiny import byte_tokenizer
 
@@ -123,28 +123,29 @@ def run(case: Case, dataset: str, data_path: str | None) -> Found:
         student = Student(build(arch, layout, platform, grid), layout, Optimization(), 10, grid)
         teacher = Teacher(build(arch, layout, platform, grid), "frozen", grid)
         learner = Learner(student, teacher, Objective(settings, grid.data, grid.data_context), arch, grid)
-        samples, batches = share_out(_samples(dataset, data_path), learner, layout, mask_truncated=False)
+        work = share_out(_samples(dataset, data_path), learner, layout, mask_truncated=False)
         listen = listen_to_teacher if case.merged else _view_by_view
-        listen(learner, batches)  # a first pass warms up threads and connections
-        heard = _seconds(lambda: listen(learner, batches), grid)
-        learned = _seconds(lambda: compute_gradients(learner, batches), grid)
+        listen(learner, work)  # a first pass warms up threads and connections
+        heard = _seconds(lambda: listen(learner, work), grid)
+        learned = _seconds(lambda: compute_gradients(learner, work), grid)
         # compute_gradients hears the teacher in the merged schedule; the difference is what another way adds.
-        step = learned + (heard - _seconds(lambda: listen_to_teacher(learner, batches), grid) if not case.merged else 0.0)
+        step = learned + (heard - _seconds(lambda: listen_to_teacher(learner, work), grid) if not case.merged else 0.0)
         rate = _product_rate()
-        of_teacher, of_student = _arithmetic(arch, samples, learner)
+        of_teacher, of_student = _arithmetic(arch, work.samples, learner)
         parts = case.tensor * case.pipeline
         return Found(
             heard,
             step,
             of_teacher / parts / rate / heard,
             (of_teacher + of_student) / parts / rate / step,
-            padding_fraction(batches, samples),
+            work.padding_fraction([STUDENT, *settings.teacher_views]),
         )
 
 
-def _view_by_view(learner: Learner, batches: Sequence[MicroBatch]) -> None:
-    for name in learner.objective.settings.teacher_views:
-        learner.teacher.score([batch.views[name] for batch in batches], lambda _, rows: rows)
+def _view_by_view(learner: Learner, work: Work) -> None:
+    each = len(work.batches)
+    for begin in range(0, len(work.readings), each):
+        learner.teacher.score([reading.view for reading in work.readings[begin : begin + each]], lambda _, rows: rows)
         dist.barrier()  # what a view says is wanted before the next begins
 
 

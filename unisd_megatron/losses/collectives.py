@@ -72,8 +72,9 @@ def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x if group_size(group) == 1 else _GatherRows.apply(x, group)
 
 
-def deal_rows(x: Tensor, places: Tensor, total: int, share: slice, group: ProcessGroup | None) -> Tensor:
-    """`x` [n, D] holds rows `places` [n] of a [total, D] table whose rows lie on some rank each; returns the rows of `share`.
+def deal_rows(x: Tensor, places: Tensor, total: int, share: slice | Tensor, group: ProcessGroup | None) -> Tensor:
+    """`x` [n, D] holds rows `places` [n] of a [total, D] table whose rows lie on some rank each; returns the rows of
+    `share`, a slice of them or their places.
 
     For context-parallel hidden states: sequence shards decide which rank has a row, the loss wants even shares. The shares of
     all ranks must cut the table without overlap: each row is then used once, and its gradient goes back to where it lay.
@@ -187,7 +188,7 @@ class _GatherRows(torch.autograd.Function):
 
 class _DealRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, total: int, share: slice, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, total: int, share: slice | Tensor, group: ProcessGroup) -> Tensor:
         ctx.save_for_backward(places)
         ctx.total, ctx.share, ctx.group = total, share, group
         table = x.new_zeros((total, *x.shape[1:]))

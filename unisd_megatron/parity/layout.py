@@ -91,8 +91,8 @@ class Rig:
         """Loss, full gradients by Hugging Face name, and the norm that clipping would use, on every rank. Collective."""
         objective = Objective(settings, self.grid.data, self.grid.data_context)
         learner = Learner(self.student, teacher or self.teacher, objective, self.arch, self.grid)
-        _, batches = share_out(samples, learner, self.layout, mask_truncated=True)
-        tally = gather_tally(compute_gradients(learner, batches), self.grid)
+        work = share_out(samples, learner, self.layout, mask_truncated=True)
+        tally = gather_tally(compute_gradients(learner, work), self.grid)
         gradients = dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
         return tally.read()["loss"], gradients, self.student.gradient_norm()
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import STUDENT, Dealt, MicroBatch, Sample, View
+from unisd_megatron.batch import STUDENT, Dealt, MicroBatch, Piece, Reading, Sample, View
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.grid import Axis
+from unisd_megatron.train.balance import lightest
 
 
 @dataclass(frozen=True)
 class Form:
     """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism)."""
 
-    views: Sequence[str]
+    views: Sequence[str]  # of the teacher
     packing: bool
     multiple: int
     mask_truncated: bool  # completions that were cut count for nothing
@@ -33,19 +34,71 @@ def cost(sample: Sample, views: Sequence[str]) -> int:
     return sum(len(sample.prompts.views[name]) + len(sample.completion.token_ids) for name in views)
 
 
-def micro_batches(groups: Sequence[Sequence[Sample]], form: Form) -> list[MicroBatch]:
-    """The tensors of each group of samples. Raises `CheckFailed` if a view does not hold the completion where it is read."""
+@dataclass(frozen=True)
+class Work:
+    """A replica's part of a step: its samples, the student's micro-batches of them, and what the teacher reads."""
+
+    samples: list[Sample]
+    batches: list[MicroBatch]
+    readings: list[Reading]
+
+    def padding_fraction(self, views: Sequence[str]) -> float:
+        """The part of the computed tokens, over all views, that belong to no sequence."""
+        rows = [batch.view for batch in self.batches] + [reading.view for reading in self.readings]
+        computed = sum(view.tokens.numel() if view.segments is None else int(view.segments[-1]) for view in rows)
+        return 1 - sum(cost(sample, views) for sample in self.samples) / computed
+
+
+def lay_out(groups: Sequence[Sequence[Sample]], form: Form) -> Work:
+    """The tensors of groups of samples. Raises `CheckFailed` if a view does not hold the completion where it is read."""
     batches = [_micro_batch(group, form) for group in groups]
-    if not form.equal_lengths:
-        return batches
-    # The student's views go through one schedule, the teacher's through another.
-    for together in ([STUDENT], [name for name in form.views if name != STUDENT]):
-        longest = max((batch.views[name].tokens.shape[1] for batch in batches for name in together), default=0)
-        batches = [
-            replace(batch, views={**batch.views, **{name: _lengthened(batch.views[name], longest, form) for name in together}})
-            for batch in batches
-        ]
-    return batches
+    heard = _packed_readings(groups, batches, form) if form.packing else _padded_readings(groups, batches, form)
+    if form.equal_lengths:  # the student's rows go through one schedule, the teacher's through another
+        width = max(batch.view.tokens.shape[1] for batch in batches)
+        batches = [replace(batch, view=_lengthened(batch.view, width, form)) for batch in batches]
+        width = max((reading.view.tokens.shape[1] for reading in heard), default=0)
+        heard = [replace(reading, view=_lengthened(reading.view, width, form)) for reading in heard]
+    return Work([sample for group in groups for sample in group], batches, heard)
+
+
+def _padded_readings(groups: Sequence[Sequence[Sample]], batches: Sequence[MicroBatch], form: Form) -> list[Reading]:
+    """A row of the teacher's for each row of the student's, one view at a time."""
+    return [
+        Reading(_view(group, [name] * len(group), form), [Piece(i, name, whole, whole)])
+        for i, (group, batch) in enumerate(zip(groups, batches, strict=True))
+        for name in form.views
+        for whole in [slice(0, batch.token_ids.numel())]
+    ]
+
+
+def _packed_readings(groups: Sequence[Sequence[Sample]], batches: Sequence[MicroBatch], form: Form) -> list[Reading]:
+    """As many rows as views x micro-batches, all of the same length as nearly as sequences allow, whatever they hold."""
+    entries = [(i, j, name) for i, group in enumerate(groups) for j in range(len(group)) for name in form.views]
+    lengths = [cost(groups[i][j], [name]) for i, j, name in entries]
+    dealt = lightest(range(len(entries)), lengths, len(groups) * len(form.views), len(entries))
+    return [_packed_reading([entries[e] for e in mine], groups, batches, form) for mine in dealt]
+
+
+def _packed_reading(
+    entries: Sequence[tuple[int, int, str]], groups: Sequence[Sequence[Sample]], batches: Sequence[MicroBatch], form: Form
+) -> Reading:
+    view = _view([groups[i][j] for i, j, _ in entries], [name for *_, name in entries], form)
+    pieces, wanted, begin, rows = [], [], 0, 0
+    for i, j, name in entries:
+        kept = batches[i].mask.sum(1).tolist()
+        first = sum(kept[:j])
+        mine = _even_share(sum(kept), form.context)
+        low, high = max(first, mine.start), min(first + kept[j], mine.stop)
+        if low < high:
+            wanted.append(torch.arange(begin + low - first, begin + high - first))
+            there = slice(low - mine.start, high - mine.start)
+            pieces.append(Piece(i, name, slice(rows, rows + high - low), there))
+            rows += high - low
+        begin += kept[j]
+    if view.dealt is not None:
+        places = torch.cat(wanted) if wanted else torch.zeros(0, dtype=torch.int64)
+        view = replace(view, dealt=replace(view.dealt, share=places.to(form.device)))
+    return Reading(view, pieces)
 
 
 def _lengthened(view: View, length: int, form: Form) -> View:
@@ -61,10 +114,7 @@ def _lengthened(view: View, length: int, form: Form) -> View:
 
 
 def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
-    completions = [sample.completion.token_ids for sample in samples]
-    counts = torch.tensor([len(ids) for ids in completions])
-    kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
-    mask = (torch.arange(int(counts.max())) < counts[:, None]) & kept[:, None]
+    completions, mask = [sample.completion.token_ids for sample in samples], _mask(samples, form)
     completion = _padded(completions, 1)
     log_probs = torch.zeros(completion.shape)
     for row, sample in enumerate(samples):
@@ -79,15 +129,25 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
         mine=mine.to(form.device),
         token_ids=completion[mine].to(form.device),
         engine_log_probs=log_probs[mine].to(form.device),
-        views={name: _view([sample.prompts.views[name] for sample in samples], completions, mask, form) for name in form.views},
+        view=_view(samples, [STUDENT] * len(samples), form),
     )
+
+
+def _mask(samples: Sequence[Sample], form: Form) -> Tensor:
+    """Which completion positions count, `[B, T]`."""
+    counts = torch.tensor([len(sample.completion.token_ids) for sample in samples])
+    kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
+    return (torch.arange(int(counts.max())) < counts[:, None]) & kept[:, None]
 
 
 def _even_share(total: int, context: Axis) -> slice:
     return slice(total * context.rank // context.size, total * (context.rank + 1) // context.size)
 
 
-def _view(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], mask: Tensor, form: Form) -> View:
+def _view(samples: Sequence[Sample], names: Sequence[str], form: Form) -> View:
+    """Each sample behind the prompt that is named for it."""
+    prompts = [sample.prompts.views[name] for sample, name in zip(samples, names, strict=True)]
+    completions, mask = [sample.completion.token_ids for sample in samples], _mask(samples, form)
     sequences = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     rows, steps = mask.nonzero(as_tuple=True)
     # The output at a position predicts the next token: completion token t of a row is predicted at prompt length - 1 + t.
@@ -154,17 +214,6 @@ def _check_completion(view: View, completions: Sequence[Sequence[int]], mask: Te
     row, position = view.predictors.unbind(1)
     if not torch.equal(view.tokens[row, position + 1], _padded(completions, 1)[mask]):
         raise CheckFailed("a view's rows do not predict the completion's tokens; student and teacher would be compared astray")
-
-
-def padding_fraction(batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> float:
-    """The part of the computed tokens, over all views, that belong to no sequence."""
-    views = list(batches[0].views)
-    computed = sum(
-        view.tokens.numel() if view.segments is None else int(view.segments[-1])
-        for batch in batches
-        for view in batch.views.values()
-    )
-    return 1 - sum(cost(sample, views) for sample in samples) / computed
 
 
 def _padded(sequences: Sequence[Sequence[int]], multiple: int) -> Tensor:

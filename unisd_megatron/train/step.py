@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, MicroBatch, Prompts, Sample, auxiliary
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, MicroBatch, Piece, Prompts, Sample, auxiliary
 from unisd_megatron.config import Layout, Run
 from unisd_megatron.data import Sampler
 from unisd_megatron.errors import CheckFailed
@@ -28,7 +28,7 @@ from unisd_megatron.mechanisms.objective import Heard, Objective, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
 from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, sequence_seed
 from unisd_megatron.train.balance import divide
-from unisd_megatron.train.collate import Form, cost, micro_batches, padding_fraction, scatter
+from unisd_megatron.train.collate import Form, Work, cost, lay_out, scatter
 from unisd_megatron.weights import stream
 
 
@@ -74,12 +74,12 @@ def train_step(parts: Parts, step: int) -> Report:
     learner, layout = parts.learner, parts.run.layout
     answered = roll_out(parts, step)
     clock.lap("seconds/rollout")
-    samples, batches = share_out(
+    work = share_out(
         exchange(parts, step, answered), learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions
     )
-    tally = compute_gradients(learner, batches, clock)
+    tally = compute_gradients(learner, work, clock)
     if learner.grid.context.rank == 0:
-        _count(samples, batches, tally)
+        _count(work, learner, tally)
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts.run, step)
     metrics = merged.read()
@@ -122,28 +122,25 @@ def exchange(parts: Parts, step: int, answered: Sequence[Sample]) -> list[Sample
     ]
 
 
-def share_out(
-    samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool
-) -> tuple[list[Sample], list[MicroBatch]]:
-    """This replica's samples of the global batch, and its micro-batches, balanced over replicas by tokens."""
-    grid, views = learner.grid, [STUDENT, *learner.objective.settings.teacher_views]
+def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
+    """This replica's part of the global batch, balanced over replicas and rows by tokens; the same on all its ranks."""
+    grid, views = learner.grid, list(learner.objective.settings.teacher_views)
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context)
     count = len(samples) // (layout.micro_batch_size * grid.data.size)
-    costs = [cost(sample, views) for sample in samples]
-    mine = divide(costs, grid.data.size, count, packing=layout.packing)[grid.data.rank]
-    groups = [[samples[i] for i in group] for group in mine]
-    return list(itertools.chain.from_iterable(groups)), micro_batches(groups, form)
+    costs, widths = ([cost(sample, names) for sample in samples] for names in ([STUDENT, *views], [STUDENT]))
+    mine = divide(costs, widths, grid.data.size, count, packing=layout.packing)[grid.data.rank]
+    return lay_out([[samples[i] for i in group] for group in mine], form)
 
 
-def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _Clock | None = None) -> Tally:
+def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None) -> Tally:
     """Teacher passes, then the student's forward and backward; gradients are in the student's buffers. Collective.
 
     Returns this rank's tally; it is complete on the last pipeline stage and empty elsewhere.
     """
-    clock = clock or _Clock()
-    hidden, heard = listen_to_teacher(learner, batches)
+    clock, batches = clock or _Clock(), work.batches
+    hidden, heard = listen_to_teacher(learner, work)
     clock.lap("seconds/teacher")
     shares = learner.objective.prepare(heard) if learner.grid.is_last_stage else []
     tally = Tally()
@@ -154,7 +151,7 @@ def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _C
         divergences.append(stats.divergence.detach())
         return learner.objective.share_of_loss(stats, shares[i], tally)
 
-    learner.student.learn([batch.views[STUDENT] for batch in batches], loss)
+    learner.student.learn([batch.view for batch in batches], loss)
     if learner.grid.is_last_stage:
         learner.objective.follow_quantile(divergences, [batch.mine for batch in batches])
         if learner.objective.ceiling is not None:
@@ -163,46 +160,63 @@ def compute_gradients(learner: Learner, batches: Sequence[MicroBatch], clock: _C
     return tally
 
 
-def listen_to_teacher(learner: Learner, batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Heard]]:
+def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[Heard]]:
     """All views of all micro-batches in one forward-only schedule.
 
-    Returns, on the last stage: final hidden states of the primary view at the kept tokens, `[N, h]` per micro-batch, and
+    Returns, on the last stage: final hidden states of the primary view at the kept tokens, `[n, h]` per micro-batch, and
     the sampled-token log-probs of the other views. Nothing of the size of the vocabulary is kept.
     """
     views = learner.objective.settings.teacher_views
-    items = [(batch, name) for batch in batches for name in views]
 
-    def listen(i: int, rows: Tensor) -> Tensor:
-        batch, name = items[i]
-        if name == TEACHER:
-            return rows
-        return sampled_log_probs(
-            Readout(rows, learner.teacher.head_weight()),
-            token_ids=batch.token_ids,
-            temperature=views[name],
-            vocab_size=learner.arch.vocab_size,
-            group=learner.grid.tensor.group,
-            path=learner.objective.settings.path,
-        )
+    def listen(i: int, rows: Tensor) -> list[tuple[Piece, Tensor]]:
+        out: list[tuple[Piece, Tensor]] = []
+        for name in views:
+            pieces = [piece for piece in work.readings[i].pieces if piece.name == name]
+            if pieces:
+                said = torch.cat([rows[piece.here] for piece in pieces])
+                if name != TEACHER:
+                    token_ids = torch.cat([work.batches[piece.batch].token_ids[piece.there] for piece in pieces])
+                    said = _log_probs(learner, said, token_ids, views[name])
+                out += zip(pieces, said.split([piece.here.stop - piece.here.start for piece in pieces]), strict=True)
+        return out
 
-    said = learner.teacher.score([batch.views[name] for batch, name in items], listen)
+    said = learner.teacher.score([reading.view for reading in work.readings], listen)
     if not learner.grid.is_last_stage:
         return [], []
-    by_batch = [dict(zip(views, said[i : i + len(views)], strict=True)) for i in range(0, len(said), len(views))]
-    heard = [_heard(one, batch, learner.grid) for one, batch in zip(by_batch, batches, strict=True)]
-    return [one[TEACHER] for one in by_batch], heard
+    by_batch: list[dict[str, Tensor]] = [{} for _ in work.batches]
+    for piece, values in itertools.chain.from_iterable(said):
+        length = work.batches[piece.batch].token_ids.numel()
+        whole = by_batch[piece.batch].setdefault(piece.name, values.new_full((length, *values.shape[1:]), torch.nan))
+        whole[piece.there] = values
+    empty = torch.zeros(0, learner.student.model.config.hidden_size, device=learner.grid.device)
+    empty = empty.to(learner.student.model.config.params_dtype)
+    heard = [_heard(one, batch, learner) for one, batch in zip(by_batch, work.batches, strict=True)]
+    return [one.get(TEACHER, empty) for one in by_batch], heard
 
 
-def _heard(said: dict[str, Tensor], batch: MicroBatch, grid: Grid) -> Heard:
-    auxiliaries: list[Tensor] = []
-    while auxiliary(len(auxiliaries)) in said:
-        auxiliaries.append(scatter(said[auxiliary(len(auxiliaries))], batch.mine))
+def _log_probs(learner: Learner, rows: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+    return sampled_log_probs(
+        Readout(rows, learner.teacher.head_weight()),
+        token_ids=token_ids,
+        temperature=temperature,
+        vocab_size=learner.arch.vocab_size,
+        group=learner.grid.tensor.group,
+        path=learner.objective.settings.path,
+    )
+
+
+def _heard(said: dict[str, Tensor], batch: MicroBatch, learner: Learner) -> Heard:
+    """A micro-batch without a token of mine has nothing said about it: zeros everywhere."""
+    names = list(learner.objective.settings.teacher_views)
+    nothing = batch.engine_log_probs.new_zeros(0)
+    placed = {name: scatter(said.get(name, nothing), batch.mine) for name in names if name != TEACHER}
+    auxiliaries = [placed[auxiliary(k)] for k in range(len(names)) if auxiliary(k) in placed]
     return Heard(
         mask=batch.mask,
         mine=batch.mine,
         # The weights of a sequence need all of it: context-parallel ranks add up their shares, zero elsewhere.
-        auxiliary=sum_over(torch.stack(auxiliaries), grid.context.group) if auxiliaries else None,
-        negative=scatter(said[NEGATIVE], batch.mine) if NEGATIVE in said else None,
+        auxiliary=sum_over(torch.stack(auxiliaries), learner.grid.context.group) if auxiliaries else None,
+        negative=placed.get(NEGATIVE),
     )
 
 
@@ -252,16 +266,18 @@ def _check(tally: Tally, run: Run, step: int) -> None:
         )
 
 
-def _count(samples: Sequence[Sample], batches: Sequence[MicroBatch], tally: Tally) -> None:
+def _count(work: Work, learner: Learner, tally: Tally) -> None:
     if not tally.means:
         return  # not a rank whose tally speaks
-    lengths = torch.tensor([float(len(sample.completion.token_ids)) for sample in samples])
-    cut = torch.tensor([float(sample.completion.finish_reason == "length") for sample in samples])
+    lengths = torch.tensor([float(len(sample.completion.token_ids)) for sample in work.samples])
+    cut = torch.tensor([float(sample.completion.finish_reason == "length") for sample in work.samples])
     tally.add_mean("completions/length", lengths)
     tally.add_max("completions/length_max", lengths)
     tally.add_mean("completions/truncated_fraction", cut)
     tally.add_sum("completions/tokens", lengths.sum())
-    tally.add_mean("padding_fraction", torch.tensor([padding_fraction(batches, samples)]))
+    tally.add_mean(
+        "padding_fraction", torch.tensor([work.padding_fraction([STUDENT, *learner.objective.settings.teacher_views])])
+    )
 
 
 def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:
