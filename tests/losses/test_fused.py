@@ -236,7 +236,7 @@ def test_no_tokens_still_have_a_graph(world: World) -> None:
 
 
 def test_head_gradient_into_main_grad() -> None:
-    """Megatron's protocol: main_grad grows by the gradient, autograd sees zeros, a second use of a tied weight still counts."""
+    """main_grad grows by the gradient; autograd sees zeros, so that a second use of the weight still counts in DDP's hook."""
     case = cases.make(20, 10, torch.bfloat16)
     hidden, head, teacher_head = cases.leaves(0, None, case, 10, 0.0, False)
     setting = {"token_ids": case["ids"], "alpha": 0.3, "chunk_tokens": 6}
@@ -247,7 +247,14 @@ def test_head_gradient_into_main_grad() -> None:
     out = fused_divergence(*args, **setting)
     (out.divergence.sum() + head[3, 2]).backward()
     assert torch.allclose(head.main_grad - 1, plain.float(), rtol=2**-7, atol=1e-5)
-    assert head.grad_added_to_main_grad and head.grad.sum() == 1 == head.grad[3, 2]
+    assert not head.grad_added_to_main_grad and head.grad.sum() == 1 == head.grad[3, 2]
+    head.grad, head.main_grad = None, torch.zeros(10, 6, dtype=torch.bfloat16)  # summed in fp32, added once
+    fused_divergence(*args, **setting).divergence.sum().backward()
+    assert torch.allclose(head.main_grad.float(), plain.float(), rtol=2**-7, atol=1e-5)
+    head.grad, head.main_grad = None, None  # no buffer yet: autograd's own
+    fused_divergence(*args, **setting).divergence.sum().backward()
+    assert torch.equal(head.grad, plain)
+    head.main_grad = torch.zeros(10, 6)
     del head.grad_added_to_main_grad  # a parameter outside Megatron's DDP: autograd gets nothing for the head
     before, head.grad = head.main_grad.clone(), None
     fused_divergence(*args, **setting).divergence.sum().backward()
@@ -258,6 +265,7 @@ def test_head_gradient_into_main_grad() -> None:
     ("change", "message"),
     [
         ({"teacher_head": torch.zeros(6, 2)}, "student head has 5 vocabulary rows and teacher head 6"),
+        ({"student_hidden": torch.zeros(3, 3).half(), "student_head": torch.zeros(5, 3).half()}, "are float16"),
         ({"student_head": torch.zeros(5, 4)}, "must share D and dtype"),
         ({"student_hidden": torch.zeros(3, 3, dtype=torch.float64)}, "must share D and dtype"),
         ({"token_ids": torch.zeros(4, dtype=torch.long)}, "one id per row"),

@@ -74,12 +74,17 @@ def test_gradcheck(alpha: float) -> None:
     assert torch.autograd.gradcheck(results, (hidden, head))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_a_nan_in_the_hidden_states_is_seen_in_its_row_only(alpha: float) -> None:
+def test_a_nan_in_the_hidden_states_is_seen_in_its_row_only(alpha: float, kernels: str) -> None:
+    if kernels == "triton":
+        pytest.importorskip("triton")
     case = cases.make(6, 9, torch.float32)
     case["hidden"][2, 1] = math.nan
     hidden, head, teacher_head = cases.leaves(0, None, case, 9, 0.0, False)
-    out = fused_divergence(hidden, head, case["teacher_hidden"], teacher_head, token_ids=case["ids"], alpha=alpha)
+    teacher = case["teacher_hidden"], teacher_head
+    out = fused_divergence(hidden, head, *teacher, token_ids=case["ids"], alpha=alpha, kernels=kernels)
     cases.weighted({k: getattr(out, k) for k in cases.VALUES}, case).backward()
     for rows in (out.divergence, out.student_log_probs, out.entropy, hidden.grad.sum(1)):
         assert rows.isnan().nonzero().flatten().tolist() == [2]

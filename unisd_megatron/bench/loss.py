@@ -96,6 +96,8 @@ def measure(cell: Cell) -> Cost | None:
 def run(cell: Cell) -> Cost:
     """This rank's cost; the processes of all ranks run it together. A small warm-up first, then one measured pass."""
     rank = int(os.environ["RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     group = None
     if cell.tensor > 1:

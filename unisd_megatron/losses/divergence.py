@@ -53,7 +53,8 @@ def token_divergence(
     Student and teacher bit-equal: D and its gradient are exactly 0. A logit of -inf is probability 0, and 0 log 0 = 0. Where
     the second distribution of a KL is 0 and the first is not, D is inf; its gradient is S - T for alpha = 0, and for alpha = 1,
     where none exists, 0 (so that a clipped or masked row cannot turn into nan). Keeps both logits alive until the backward pass
-    and adds 5-6 numbers per token to them.
+    and adds 5-6 numbers per token to them. In fp32 the JSD loses digits as alpha approaches 0: the gradient's relative error is
+    2e-5 at alpha = 1e-3 and 5e-4 at 1e-4.
     Raises ValueError for alpha outside [0, 1], temperature <= 0, or shapes that differ.
     """
     check_alpha(alpha)

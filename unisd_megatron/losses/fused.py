@@ -100,8 +100,8 @@ def fused_divergence(
     `enter_shards` or `gather_rows`, see the top of this file) and student_head, never the teacher.
 
     The head's gradient is summed over chunks in fp32. Where student_head has a `main_grad` (Megatron's DDP makes it) it is
-    summed straight into that, by Megatron's protocol of fused weight gradients: `grad_added_to_main_grad` is set and autograd
-    gets zeros, or None where the parameter lacks that attribute. N = 0 gives empty results that still have a graph.
+    summed straight into that, and autograd gets zeros, or None outside Megatron's DDP. N = 0 gives empty results that still
+    have a graph. vocab_size is one for both models; their heads have the same rows.
     chunk_tokens: tokens whose logits exist at once; by default as many as make chunks of a good size for the device. kernels:
     "torch", "triton", or "auto": Triton on a GPU that has it, except for fp64.
     Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, chunk_tokens < 1, token ids outside
@@ -113,7 +113,8 @@ def fused_divergence(
     _check_pair(teacher_hidden, teacher_head, token_ids, chunk_tokens)
     if student_head.shape[0] != teacher_head.shape[0]:
         widths = f"{student_head.shape[0]} vocabulary rows and teacher head {teacher_head.shape[0]}"
-        raise ValueError(f"student head has {widths}; pad both to the same width")
+        how = "both must have one vocabulary; if only the padding differs, cut the wider one and pass vocab_size"
+        raise ValueError(f"student head has {widths}; {how}")
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
     shard.check_tokens(token_ids)
     dtype = computing_dtype(student_hidden, teacher_hidden)
@@ -154,6 +155,8 @@ def _check_pair(hidden: Tensor, head: Tensor, token_ids: Tensor, chunk_tokens: i
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
         given = f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(head.shape)} {head.dtype}"
         raise ValueError(f"hidden [N, D] and head [V, D] must share D and dtype, got {given}")
+    if hidden.dtype == torch.float16:  # a gradient of the logits below 6e-8 would be 0
+        raise ValueError("hidden and head are float16, too narrow for gradients of logits; use bfloat16 or float32")
     if token_ids.shape != hidden.shape[:1]:
         raise ValueError(f"token_ids {tuple(token_ids.shape)} must hold one id per row of hidden {tuple(hidden.shape)}")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -197,7 +200,7 @@ class _FusedDivergence(torch.autograd.Function):
         student_log_probs, teacher_log_probs, *rest = totals = sum_over(partial, group)
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, column, norms, totals)
         ctx.setting = setting
-        ctx.owner = head if hasattr(head, "main_grad") else None
+        ctx.owner = _owner(head)
         ctx.set_materialize_grads(False)
         # Copies, so that in-place use of a result cannot reach what the backward reads.
         outputs = (rest[0].clamp(min=0), student_log_probs.clone(), teacher_log_probs.clone(), rest[-1].clone())
@@ -242,7 +245,7 @@ class _FusedLogProbs(torch.autograd.Function):
             local[2, chunk] = _score_here(logits, column[chunk], setting)
         log_probs, norms = combine_pick(stack_over(local, setting.shard.group))
         ctx.save_for_backward(hidden, head, column, norms)
-        ctx.setting, ctx.owner = setting, head if hasattr(head, "main_grad") else None
+        ctx.setting, ctx.owner = setting, _owner(head)
         return log_probs
 
     @staticmethod
@@ -285,7 +288,9 @@ def _score_here(logits: Tensor, column: Tensor, setting: _Setting) -> Tensor:
     """logit / temperature of the sampled token where this rank holds it, else 0; [n]."""
     if not logits.shape[1]:
         return logits.new_zeros(logits.shape[0], dtype=setting.dtype)
-    score = logits.gather(1, column.clamp(min=0)[:, None])[:, 0].to(setting.dtype) / setting.temperature
+    score = logits.gather(1, column.clamp(min=0)[:, None])[:, 0].to(setting.dtype)
+    if setting.temperature != 1.0:  # by a tensor: on a GPU torch divides by a number through its reciprocal
+        score = score / torch.full_like(score, setting.temperature)
     return torch.where(column >= 0, score, 0)
 
 
@@ -298,7 +303,8 @@ def _input_gradients(
     of_hidden = torch.zeros_like(hidden) if wants_hidden else None
     of_head = None
     if wants_head:
-        of_head = owner.main_grad if owner is not None else torch.zeros_like(head, dtype=setting.dtype)
+        in_place = owner is not None and owner.main_grad.dtype.itemsize >= setting.dtype.itemsize
+        of_head = owner.main_grad if in_place else torch.zeros_like(head, dtype=setting.dtype)
     for chunk in setting.chunks(hidden.shape[0]):
         of_logits = of_chunk(chunk)
         if of_hidden is not None:
@@ -307,6 +313,8 @@ def _input_gradients(
             _add_product_(setting.used(of_head), of_logits.t(), hidden[chunk])
     if of_head is None or owner is None:
         return of_hidden, None if of_head is None else of_head.to(head.dtype)
+    if of_head is not owner.main_grad:
+        owner.main_grad.add_(of_head)
     return of_hidden, _already_accumulated(owner)
 
 
@@ -321,11 +329,14 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _already_accumulated(owner: Tensor) -> Tensor | None:
-    """What autograd is told about a head whose gradient is in main_grad already (Megatron's fused weight-gradient protocol).
+    """What autograd is told about a head whose gradient is in main_grad already.
 
-    Zeros, not Megatron's uninitialised dummy: a tied embedding adds its own gradient to this one before any hook sees it.
+    Zeros where Megatron's DDP adds what autograd finds to main_grad (it marks its parameters). Its flag for gradients that are
+    there already stays as it is: raised, it would drop what other uses of the weight (a tied embedding) contribute.
     """
-    if not hasattr(owner, "grad_added_to_main_grad"):
-        return None
-    owner.grad_added_to_main_grad = True
-    return torch.zeros_like(owner)
+    return torch.zeros_like(owner) if hasattr(owner, "grad_added_to_main_grad") else None
+
+
+def _owner(head: Tensor) -> Tensor | None:
+    """The head, if it has a buffer for its gradient."""
+    return head if getattr(head, "main_grad", None) is not None else None

@@ -127,7 +127,7 @@ class TorchPasses:
 def choose_passes(kernels: str, device: torch.device, dtype: torch.dtype) -> Passes:
     """The passes named "torch" or "triton", or by "auto" the fastest that run on `device` with statistics in `dtype`.
 
-    Raises ValueError for another name, and for "triton" where it cannot run.
+    Raises ValueError for another name, and for "triton" where it cannot run or for fp64.
     """
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels must be auto, torch or triton, got {kernels!r}")
@@ -135,6 +135,8 @@ def choose_passes(kernels: str, device: torch.device, dtype: torch.dtype) -> Pas
     runs = present and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     if kernels == "triton" and not runs:
         raise ValueError(f"kernels='triton' needs triton and a GPU; found {'triton' if present else 'no triton'} and {device}")
+    if kernels == "triton" and dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in fp32; for fp64 inputs use kernels='torch'")
     if kernels == "torch" or dtype == torch.float64 or not runs or (kernels == "auto" and device.type != "cuda"):
         return TorchPasses()
     from unisd_megatron.losses.triton_passes import TritonPasses

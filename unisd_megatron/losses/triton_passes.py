@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unisd_megatron.losses.passes import Said, Upstream
+from unisd_megatron.losses.vocab import nan_of
 
 BLOCK = 2048
 WARPS = 8
@@ -26,18 +27,18 @@ NONE, FORWARD_KL, REVERSE_KL, JSD = (tl.constexpr(i) for i in range(4))
 
 
 class TritonPasses:
-    """`Passes` for fp32 statistics on a GPU. Raises ValueError for fp64 ones, which belong to `TorchPasses`."""
+    """`Passes` for fp32 statistics on a GPU; fp64 ones belong to `TorchPasses`."""
 
     def logits(self, hidden: Tensor, head: Tensor, storage: Tensor) -> Tensor:
         logits = storage[: hidden.shape[0] * head.shape[0]].view(hidden.shape[0], head.shape[0])
         return torch.mm(hidden, head.t(), out=logits)
 
     def softmax(self, logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        if dtype != torch.float32:
-            raise ValueError(f"the Triton passes compute in fp32; for {dtype} use kernels='torch'")
         tokens, columns = logits.shape
         out = logits.new_empty((2, tokens), dtype=dtype)
-        if tokens:
+        if not tokens:
+            return out
+        with torch.cuda.device_of(logits):
             _softmax[(tokens,)](logits, out, tokens, columns, temperature, BLOCK=BLOCK, num_warps=WARPS)
         return out
 
@@ -47,11 +48,13 @@ class TritonPasses:
         out = student.norms.new_empty((3 if kind == JSD.value else 2, tokens))
         norms = torch.cat([student.norms, teacher.norms])
         if tokens:
-            _sums[(tokens,)](
-                student.logits, teacher.logits, norms, out, tokens, columns, alpha, temperature,
-                KIND=kind, BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
-        return out
+            with torch.cuda.device_of(student.logits):
+                _sums[(tokens,)](
+                    student.logits, teacher.logits, norms, out, tokens, columns, alpha, temperature,
+                    KIND=kind, BLOCK=BLOCK, num_warps=WARPS,
+                )  # fmt: skip
+        # A GPU's minimum and maximum drop nan, which must be seen.
+        return out.add_(nan_of(student.norms, teacher.norms))
 
     def to_gradient(
         self,
@@ -72,13 +75,14 @@ class TritonPasses:
         norms = torch.cat([student.norms, student.norms if teacher is None else teacher.norms])
         mean, entropy = (zeros, zeros) if totals is None else (totals[-2], totals[-1])
         per_token = torch.stack([zeros if x is None else x for x in (mean, entropy, divergence, *upstream[1:])])
-        _to_gradient[(tokens, triton.cdiv(columns, BLOCK))](
-            student.logits,
-            student.logits if teacher is None else teacher.logits,
-            norms, per_token, column.int(), tokens, columns, alpha, temperature,
-            KIND=NONE.value if divergence is None else _kind(alpha), OF_LOG_PROBS=upstream.log_probs is not None,
-            OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(student.logits):
+            _to_gradient[(tokens, triton.cdiv(columns, BLOCK))](
+                student.logits,
+                student.logits if teacher is None else teacher.logits,
+                norms, per_token, column.int(), tokens, columns, alpha, temperature,
+                KIND=NONE.value if divergence is None else _kind(alpha), OF_LOG_PROBS=upstream.log_probs is not None,
+                OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
 
 
 def _kind(alpha: float) -> int:
@@ -89,7 +93,9 @@ def _kind(alpha: float) -> int:
 def _load(logits, row, offsets, columns, temperature):
     """Scores of one row at the given columns, -inf past the last."""
     address = logits + row.to(tl.int64) * columns + offsets
-    return tl.load(address, mask=offsets < columns, other=float("-inf")).to(tl.float32) / temperature
+    scores = tl.load(address, mask=offsets < columns, other=float("-inf")).to(tl.float32)
+    # Rounded as torch rounds it, in every place: at logits of 1e4 one unit in the last place is 1e-3 of a log-probability.
+    return tl.div_rn(scores, temperature)
 
 
 @triton.jit
