@@ -237,7 +237,7 @@ def read_on_ranks(rank: int, group: Any, folder: str, layout: Layout) -> tuple[T
         model = load_stage(source, layout, platform, grid)
         tokens = prompts()
         everywhere = torch.cartesian_prod(torch.arange(2), torch.arange(LENGTH))
-        heard = schedule.score(model, [View(tokens, everywhere)], lambda _, rows: rows @ model.head_weight().t(), grid)
+        heard = schedule.score(model.chunks, [View(tokens, everywhere)], lambda _, rows: rows @ model.head_weight().t(), grid)
         if not grid.is_last_stage:
             return None
         shard = heard[0].unflatten(0, (2, LENGTH))
