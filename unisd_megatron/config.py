@@ -57,9 +57,11 @@ class Layout:
             raise ConfigError("--context-parallel-size cuts packed rows; leave --packing on")
         count = self.micro_batches(world_size)
         chunks, stages = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
-        if chunks is not None and (chunks < 2 or stages < 2):
+        if chunks is not None and chunks < 2:
+            raise ConfigError(f"--virtual-pipeline-model-parallel-size is {chunks}; it must be at least 2, or left out")
+        if chunks is not None and stages < 2:
             raise ConfigError(
-                f"--virtual-pipeline-model-parallel-size {chunks} needs to be 2 or more, and 2 or more pipeline stages"
+                "--virtual-pipeline-model-parallel-size cuts pipeline stages; it needs --pipeline-model-parallel-size 2 or more"
             )
         if chunks is not None and count % stages:
             raise ConfigError(
@@ -270,6 +272,11 @@ RESUME_MAY_CHANGE = frozenset(
     }
 )
 """Settings that a resumed run may state differently without becoming another run."""
+
+RELEASED_MAY_NOT_CHANGE = frozenset(
+    {f.name for f in dataclasses.fields(Layout)} - {"sequence_parallel", "recompute_granularity"}
+)
+"""Of these: not under `--semantics released`, which normalises over each micro-batch of each rank by itself."""
 
 
 def all_settings() -> Iterator[tuple[str, dataclasses.Field]]:

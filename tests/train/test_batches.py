@@ -69,6 +69,18 @@ def test_replicas_and_rows_have_equal_work() -> None:
         assert max(lengths) <= 1.08 * sum(lengths) / len(lengths)
 
 
+def test_a_teacher_row_of_another_sequence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = collate._packed_reading
+
+    def astray(entries: Any, groups: Any, kept: Any, wanted: Any, form: Form) -> Any:
+        return honest(entries, [list(reversed(group)) for group in groups], kept, wanted, form)
+
+    monkeypatch.setattr(collate, "_packed_reading", astray)
+    same_length = [Sample(s.prompts, Completion((i + 1, i + 2), (0.0, 0.0), "stop")) for i, s in enumerate(ragged(4))]
+    with pytest.raises(CheckFailed, match="other tokens than the student's"):
+        lay_out([same_length], FORM)
+
+
 def read_back(work: Work, context: Axis) -> None:
     """What each reading hands out is, for every view and micro-batch, what this rank wants, in its order and once."""
     seen = {(i, name): [None] * batch.token_ids.numel() for i, batch in enumerate(work.batches) for name in VIEWS}

@@ -45,7 +45,14 @@ def test_same_layout_bit_for_bit(world: World, unbroken: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, {}), (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2})],
+    [
+        (1, {}),
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "micro_batch_size": 2}),
+        (
+            4,
+            {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        ),
+    ],
 )
 def test_another_layout(world: World, unbroken: Path, tmp_path: Path, size: int, layout: dict[str, Any]) -> None:
     output = broken_before_the_last(unbroken, tmp_path / "run")

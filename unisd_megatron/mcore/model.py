@@ -178,7 +178,8 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
 
 
 def _layer_spec(config: TransformerConfig, platform: Platform, number: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    if platform.layer_spec == "transformer_engine":
+    # In fp32 Transformer Engine has no attention for packed rows.
+    if platform.layer_spec == "transformer_engine" and config.bf16:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec()

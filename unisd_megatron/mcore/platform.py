@@ -36,7 +36,12 @@ def choose() -> Platform:
         return Platform(torch.device("cpu"), "gloo", "local", f"no CUDA: CPU, gloo, local layer spec, megatron-core {version}")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if importlib.util.find_spec("transformer_engine") is not None:
-        return Platform(device, "nccl", "transformer_engine", f"CUDA: NCCL, Transformer Engine, megatron-core {version}")
+        return Platform(
+            device,
+            "nccl",
+            "transformer_engine",
+            f"CUDA: NCCL, Transformer Engine (fp32: local spec), megatron-core {version}",
+        )
     return Platform(
         device, "nccl", "local", f"CUDA without Transformer Engine: NCCL, local layer spec, megatron-core {version}"
     )

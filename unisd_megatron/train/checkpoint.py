@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from unisd_megatron.config import RESUME_MAY_CHANGE, Run
+from unisd_megatron.config import RELEASED_MAY_NOT_CHANGE, RESUME_MAY_CHANGE, Run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.train.step import Learner
@@ -33,7 +33,11 @@ def complete(output_dir: Path) -> list[Path]:
     folder = output_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def find(output_dir: Path, asked: str) -> Path:
@@ -64,9 +68,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_same_run(state: dict[str, Any], run: Run, identity: dict[str, Any], path: Path) -> None:
     """Raises `ConfigError` where a setting, the data or the number of steps differs from the checkpoint's."""
+    fixed = RELEASED_MAY_NOT_CHANGE if run.objective.semantics == "released" else frozenset()
     for name, value in run.flat().items():
         before = state["settings"].get(name, value)
-        if name not in RESUME_MAY_CHANGE and before != value:
+        if name not in RESUME_MAY_CHANGE - fixed and before != value:
             raise ConfigError(f"{path} was written with --{name} {before}; this run has {value}. Resume with the same settings")
     for name, value in identity.items():
         if state["identity"].get(name) != value:

@@ -76,28 +76,36 @@ def _packed_readings(groups: Sequence[Sequence[Sample]], batches: Sequence[Micro
     entries = [(i, j, name) for i, group in enumerate(groups) for j in range(len(group)) for name in form.views]
     lengths = [cost(groups[i][j], [name]) for i, j, name in entries]
     dealt = lightest(range(len(entries)), lengths, len(groups) * len(form.views), len(entries))
-    return [_packed_reading([entries[e] for e in mine], groups, batches, form) for mine in dealt]
+    kept = [batch.mask.sum(1).tolist() for batch in batches]
+    wanted = [batch.token_ids.tolist() for batch in batches]
+    return [_packed_reading([entries[e] for e in mine], groups, kept, wanted, form) for mine in dealt]
 
 
 def _packed_reading(
-    entries: Sequence[tuple[int, int, str]], groups: Sequence[Sequence[Sample]], batches: Sequence[MicroBatch], form: Form
+    entries: Sequence[tuple[int, int, str]],
+    groups: Sequence[Sequence[Sample]],
+    kept: Sequence[Sequence[int]],
+    wanted: Sequence[Sequence[int]],
+    form: Form,
 ) -> Reading:
+    """A row of `(micro-batch, sequence, view)` entries. kept: kept tokens of each sequence; wanted: token ids that are mine."""
     view = _view([groups[i][j] for i, j, _ in entries], [name for *_, name in entries], form)
-    pieces, wanted, begin, rows = [], [], 0, 0
+    pieces, places, begin, rows = [], [], 0, 0
     for i, j, name in entries:
-        kept = batches[i].mask.sum(1).tolist()
-        first = sum(kept[:j])
-        mine = _even_share(sum(kept), form.context)
-        low, high = max(first, mine.start), min(first + kept[j], mine.stop)
+        first = sum(kept[i][:j])
+        mine = _even_share(sum(kept[i]), form.context)
+        low, high = max(first, mine.start), min(first + kept[i][j], mine.stop)
         if low < high:
-            wanted.append(torch.arange(begin + low - first, begin + high - first))
+            places.append(torch.arange(begin + low - first, begin + high - first))
             there = slice(low - mine.start, high - mine.start)
+            if tuple(wanted[i][there]) != groups[i][j].completion.token_ids[low - first : high - first]:
+                raise CheckFailed(f"the teacher's {name} view would be compared with other tokens than the student's")
             pieces.append(Piece(i, name, slice(rows, rows + high - low), there))
             rows += high - low
-        begin += kept[j]
+        begin += kept[i][j]
     if view.dealt is not None:
-        places = torch.cat(wanted) if wanted else torch.zeros(0, dtype=torch.int64)
-        view = replace(view, dealt=replace(view.dealt, share=places.to(form.device)))
+        share = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+        view = replace(view, dealt=replace(view.dealt, share=share.to(form.device)))
     return Reading(view, pieces)
 
 
