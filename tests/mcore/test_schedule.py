@@ -18,32 +18,44 @@ from unisd_megatron.train.collate import Work
 from unisd_megatron.train.step import Learner, listen_to_teacher, share_out
 from world import World
 
-VIEWS, MICRO_BATCHES, STAGES = 4, 4, 4
+VIEWS, MICRO_BATCHES = 4, 4
 STAR = LossSettings(agreement="token", gamma=1.0, views=2, contrastive_weight=0.5)  # teacher, two auxiliary views, negative
 
 
-def slots(stages: list[list[list[int]]]) -> int:
-    """Pipeline slots from `[stage][schedule][sequence of micro-batch numbers]`.
+Event = list[int]  # [chunk of the stage, number of the item]
 
-    A stage runs one micro-batch per slot, after the stage before it has run the same one. A schedule ends before the next
-    begins, because its results leave the pipeline.
+
+def slots(stages: list[list[list[Event]]]) -> int:
+    """Pipeline slots, each as long as one chunk takes for one item, from `[stage][schedule][event]`.
+
+    A stage does one thing per slot, in the order recorded, once the chunk before has done the same item: on the stage before,
+    or on the last stage for the first. A schedule ends before the next begins, because its results leave the pipeline.
     """
     total = 0
     for runs in zip(*stages, strict=True):
-        done: dict[int, int] = {}
-        for run in runs:
-            clock, mine = 0, {}
-            for item in run:
-                clock = max(clock, done.get(item, 0)) + 1
-                mine[item] = clock
-            done = mine
+        done: dict[tuple[int, int, int], int] = {}
+        places = [0] * len(runs)
+        while any(place < len(run) for place, run in zip(places, runs, strict=True)):
+            moved = False
+            for stage, run in enumerate(runs):
+                if places[stage] == len(run):
+                    continue
+                chunk, item = run[places[stage]]
+                before = (stage - 1, chunk, item) if stage else (len(runs) - 1, chunk - 1, item)
+                if before not in done and (stage or chunk):
+                    continue
+                own = done[stage, *run[places[stage] - 1]] if places[stage] else 0
+                done[stage, chunk, item] = max(own, done.get(before, 0)) + 1
+                places[stage] += 1
+                moved = True
+            assert moved, "the stages wait for one another"
         total += max(done.values())
     return total
 
 
-def recorded(rig: Rig, work: Callable[[Learner, Work], Any]) -> list[list[list[int]]]:
-    """What every stage ran while `work` was done, on every rank."""
-    runs: list[list[int]] = []
+def recorded(rig: Rig, work: Callable[[Learner, Work], Any]) -> list[list[list[Event]]]:
+    """What every stage ran while `work` was done, on every rank. A chunk gets the items of a schedule in their order."""
+    runs: list[list[Event]] = []
     honest = schedule.get_forward_backward_func
 
     def begin() -> Callable[..., Any]:
@@ -52,11 +64,16 @@ def recorded(rig: Rig, work: Callable[[Learner, Work], Any]) -> list[list[list[i
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "get_forward_backward_func", begin)
-        chunk = rig.teacher.model.chunks[0]
-        hook = chunk.register_forward_pre_hook(lambda *_: runs[-1].append(len(runs[-1])))
+        hooks = [
+            chunk.register_forward_pre_hook(
+                lambda *_, number=number: runs[-1].append([number, sum(event[0] == number for event in runs[-1])])
+            )
+            for number, chunk in enumerate(rig.teacher.model.chunks)
+        ]
         learner = Learner(rig.student, rig.teacher, Objective(STAR, rig.grid.data), rig.arch, rig.grid)
         work(learner, share_out(rig.samples, learner, rig.layout, mask_truncated=True))
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return all_gather_json(runs, rig.grid.world)
 
 
@@ -67,17 +84,20 @@ def one_by_one(learner: Learner, work: Work) -> None:
         learner.teacher.score([reading.view for reading in part], lambda i, rows: rows)
 
 
-def both(rank: int, group: Any) -> tuple[int, int, int]:
-    layout, platform = Layout(1, STAGES, micro_batch_size=2, global_batch_size=8), platforms.choose()
+def both(rank: int, group: Any, stages: int, chunks: int | None) -> tuple[int, int, int]:
+    layout, platform = Layout(1, stages, chunks, micro_batch_size=2, global_batch_size=8), platforms.choose()
     with start.world(platform, layout, 1) as grid:
         rig = Rig(layout, platform, grid)
         merged, separate = recorded(rig, listen_to_teacher), recorded(rig, one_by_one)
     return len(merged[0]), slots(merged), slots(separate)
 
 
-def test_the_pipeline_fills_once_for_all_views(world: World) -> None:
+@pytest.mark.parametrize(("stages", "chunks"), [(4, None), (2, 2)])
+def test_the_pipeline_fills_once_for_all_views(world: World, stages: int, chunks: int | None) -> None:
+    """With c chunks per stage a slot is c times shorter, and so is the bubble."""
     assert len(STAR.teacher_views) == VIEWS and STUDENT not in STAR.teacher_views
-    for schedules, merged, separate in world.run(STAGES, both, timeout_s=120):
+    each = chunks or 1
+    for schedules, merged, separate in world.run(stages, both, stages, chunks, timeout_s=120):
         assert schedules == 1
-        assert merged == VIEWS * MICRO_BATCHES + STAGES - 1
-        assert separate == VIEWS * (MICRO_BATCHES + STAGES - 1)
+        assert merged == each * VIEWS * MICRO_BATCHES + stages - 1
+        assert separate == VIEWS * (each * MICRO_BATCHES + stages - 1)
