@@ -21,7 +21,7 @@ WORLD = World(4, preload=PRELOAD)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Forks the workers before any test has run: a process that used CUDA or many threads must not fork any more."""
+    """Forks the workers' nursery before any test has run: a process that used CUDA or many threads must not fork any more."""
     if not session.config.option.collectonly and any("world" in getattr(item, "fixturenames", ()) for item in session.items):
         WORLD.start()
 

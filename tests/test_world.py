@@ -18,7 +18,7 @@ def own_world() -> Iterator[World]:
     """A pool that may be broken."""
     world = World(2, timeout_s=20.0)
     yield world
-    world.close()
+    world.shut_down()
 
 
 def sum_of_ranks(rank: int, group: dist.ProcessGroup, offset: int) -> tuple[int, int, float, int]:
@@ -71,6 +71,24 @@ def test_a_hanging_or_dead_worker_fails_in_time_and_the_next_call_works(own_worl
         own_world.run(2, die_on_one)
     assert own_world.run(2, sum_of_ranks, 0)[0][2] == 1.0
     assert time.monotonic() - start < 60  # not the hour that the worker would have slept
+
+
+LEFT_BEHIND: list[str] = []
+
+
+def what_was_left_behind(rank: int, group: dist.ProcessGroup) -> list[str]:
+    return LEFT_BEHIND
+
+
+def test_a_pool_that_replaces_a_broken_one_inherits_nothing_of_the_tests_before(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_world.start()
+    monkeypatch.setattr(f"{__name__}.LEFT_BEHIND", ["such as the parent's process groups"])
+    assert own_world.run(2, what_was_left_behind) == [[], []]
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        own_world.run(2, die_on_one)
+    assert own_world.run(2, what_was_left_behind) == [[], []]
 
 
 def test_impossible_sizes_are_refused(world: World) -> None:

@@ -2,13 +2,16 @@
 
     results = world.run(2, fn, *args)      # fn(rank, group, *args) on ranks 0 and 1; results in rank order
 
-A spawned world costs 15-30 s per test (each process imports torch), a forked one 0.2 s, this one the price of a message. Two
-conditions make forking safe and cheap: everything heavy is imported before the fork, and each worker uses one thread.
+A spawned world costs 15-30 s per test (each process imports torch), a forked one 0.2 s, this one the price of a message. Three
+conditions make forking safe and cheap: everything heavy is imported before the fork, each worker uses one thread, and workers
+are forked by a nursery, a process forked before any test has run, which does nothing else. A pool that replaces a broken one
+is therefore as clean as the first: the parent has by then run tests of its own, and process groups, threads and CUDA do not
+survive a fork (a worker that inherits the parent's old gloo group dies when it drops it).
 
 Inside a call the *default* process group has exactly `size` ranks, so that code which asks for the whole world (Megatron's
 parallel_state) sees the world it is meant to see; `group` is that same group. It is kept until a call asks for another size.
 An exception in a worker is raised again in the parent, with the worker's traceback as its cause. A worker that does not answer
-in time, or fails while others wait for it, costs the pool: it is killed, and the next call forks a new one.
+in time, or fails while others wait for it, costs the pool: it is killed, and the next call gets a new one.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import atexit
 import contextlib
 import importlib
 import importlib.util
-import multiprocessing
 import os
 import pickle
 import signal
@@ -26,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from typing import Any
 
 import torch
@@ -54,35 +56,52 @@ class World:
         self.size = size
         self.preload = tuple(preload)
         self.timeout_s = timeout_s
-        self._workers: list[tuple[Any, Connection]] = []
+        self._workers: list[tuple[int, Connection]] = []  # process id and pipe
+        self._nursery: tuple[int, Connection] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
         self._joined = 0  # how many workers share the present default group
 
     def start(self) -> None:
-        """Forks the workers; done by the first `run` if not before."""
+        """Forks the nursery. To be called while this process is still clean; the first `run` does it if nobody did."""
+        if self._nursery is not None:
+            return
         for name in self.preload:
             if importlib.util.find_spec(name.partition(".")[0]) is not None:
                 importlib.import_module(name)
-        self._folder = tempfile.TemporaryDirectory(prefix="world-")
-        context = multiprocessing.get_context("fork")
-        # Not daemons: a daemon may have no children, and Megatron's checkpoint writer is one.
-        atexit.register(self.close)
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            inherited = [connection for _, connection in self._workers] + [ours]
-            arguments = (rank, theirs, inherited, self._folder.name, self.timeout_s)
-            process = context.Process(target=_serve, args=arguments, name=f"world-{rank}")
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+        ours, theirs = Pipe()
+        process = os.fork()  # not multiprocessing's: its children are joined at exit, and a daemon may have none of its own
+        if process == 0:
+            try:
+                ours.close()
+                _nurse(theirs)
+            finally:
+                os._exit(0)  # what the parent registered to run at its exit is not ours to run
+        theirs.close()
+        self._nursery = (process, ours)
+        atexit.register(self.shut_down)
+
+    def _fork(self) -> None:
+        """Has the nursery fork a pool."""
+        self.start()
+        assert self._nursery is not None
+        self._folder = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)
+        self._joined = 0
+        with Listener(os.path.join(self._folder.name, "hello"), "AF_UNIX", backlog=self.size) as listener:
+            self._nursery[1].send((self.size, self._folder.name, self.timeout_s))
+            hello = {}
+            for _ in range(self.size):
+                connection = listener.accept()
+                rank, process = connection.recv()
+                hello[rank] = (process, connection)
+        self._workers = [hello[rank] for rank in range(self.size)]
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
         """`fn(rank, group, *args)` on the first `size` ranks; what each returned. fn is a function at module level."""
         if not 1 <= size <= self.size:
             raise ValueError(f"this world has 1..{self.size} ranks, asked for {size}")
         if not self._workers:
-            self.start()
+            self._fork()
         self._calls += 1
         store = None if size == self._joined else f"store-{self._calls}"
         self._joined = size
@@ -126,21 +145,45 @@ class World:
         for process, connection in self._workers:
             connection.close()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children too, such as Megatron's checkpoint writer
-        for process, _ in self._workers:
-            process.join()
+                os.killpg(process, signal.SIGKILL)  # its children too, such as Megatron's checkpoint writer
         self._workers = []
-        self._joined = 0
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
+    def shut_down(self) -> None:
+        """Ends the workers and the nursery."""
+        self.close()
+        if self._nursery is not None:
+            process, connection = self._nursery
+            connection.close()
+            os.waitpid(process, 0)
+            self._nursery = None
 
-def _serve(rank: int, connection: Connection, inherited: list[Connection], folder: str, timeout_s: float) -> None:
-    os.setpgid(0, 0)
-    for other in inherited:  # else a worker would keep its siblings' pipes, and itself, alive after the parent's death
-        other.close()
+
+def _nurse(connection: Connection) -> None:
+    """Forks a pool for each message, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # killed workers leave no zombies
+    while True:
+        try:
+            size, folder, timeout_s = connection.recv()
+        except EOFError:
+            return
+        for rank in range(size):
+            if os.fork() == 0:
+                connection.close()  # else the nursery's pipe would outlive the parent
+                try:
+                    _serve(rank, folder, timeout_s)
+                finally:
+                    os._exit(0)
+
+
+def _serve(rank: int, folder: str, timeout_s: float) -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    connection = Client(os.path.join(folder, "hello"), "AF_UNIX")
+    connection.send((rank, os.getpid()))
     with open(os.path.join(folder, f"rank{rank}.log"), "ab", buffering=0) as log:  # progress bars are not the suite's output
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

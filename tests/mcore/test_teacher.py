@@ -167,7 +167,7 @@ def after_a_failure(rank: int, group: Any) -> tuple[bool, bool]:
         rig = Rig(layout, platforms.choose(), grid)
         before = [parameter.detach().clone() for _, parameter in rig.student.model.named_shards()]
         unknown = [
-            Sample(one.prompts, dataclasses.replace(one.completion, token_ids=[10**6] * len(one.completion.token_ids)))
+            Sample(one.prompts, dataclasses.replace(one.completion, token_ids=(10**6,) * len(one.completion.token_ids)))
             for one in rig.samples
         ]
         try:
