@@ -126,6 +126,8 @@ class Rollout:
     temperature: float = setting(0.7, "sampling temperature; student, teacher and negative logits are divided by it")
     top_p: float = setting(1.0, "nucleus sampling mass")
     top_k: int = setting(0, "sample among the k likeliest tokens; 0: all")
+    min_p: float = setting(0.0, "drop tokens less likely than this part of the likeliest; 0: none")
+    repetition_penalty: float = setting(1.0, "logits of tokens that occurred are divided (negative ones multiplied) by it")
     max_completion_length: int = setting(1024, "tokens; a completion is cut there")
     mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
     max_logp_gap: float | None = setting(
@@ -133,6 +135,28 @@ class Rollout:
         "stop when the engine's log-probs of the sampled tokens differ from Megatron's by more than this, "
         "mean over tokens, nats; default 1e-3 in fp32, 0.1 in bf16",
     )
+    importance_sampling_cap: float | None = setting(
+        None, "weigh each token by the student's probability over the engine's, at most this (truncated importance sampling)"
+    )
+    max_rollout_lag: int = setting(
+        0, "generate ahead while training, with weights at most this many optimizer steps old (--vllm_mode server)"
+    )
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM as the rollout engine."""
+
+    use_vllm: bool = setting(False, "sample with vLLM instead of `transformers`")
+    vllm_mode: Literal["colocate", "server"] = setting(
+        "colocate", "in the training processes, or on servers started by tools/serve_vllm.py"
+    )
+    vllm_tensor_parallel_size: int = setting(1, "colocate: ranks that share one engine; divides the number of processes")
+    vllm_gpu_memory_utilization: float = setting(0.3, "colocate on GPUs: part of the memory that an engine may take")
+    vllm_kv_cache_gib: float = setting(1.0, "colocate on CPUs: memory of an engine's key-value cache")
+    vllm_enable_sleep_mode: bool = setting(False, "colocate on GPUs: free the engine's memory while training")
+    vllm_server_urls: str | None = setting(None, "server: `http://host:port` of each, separated by commas")
+    vllm_server_timeout: float = setting(300.0, "server: seconds until one that does not answer or take weights counts as lost")
 
 
 @dataclass(frozen=True)
@@ -213,6 +237,7 @@ class Run:
     layout: Layout
     data: Data
     rollout: Rollout
+    vllm: Vllm
     objective: Objective
     teacher: Teacher
     optimization: Optimization
@@ -250,11 +275,16 @@ GROUPS: dict[str, type] = {
     "layout": Layout,
     "data": Data,
     "rollout": Rollout,
+    "vllm": Vllm,
     "objective": Objective,
     "teacher": Teacher,
     "optimization": Optimization,
     "schedule": Schedule,
 }
+
+VLLM_SERVER = frozenset({"vllm_server_urls", "vllm_server_timeout", "max_rollout_lag"})
+VLLM_COLOCATE = frozenset(f.name for f in dataclasses.fields(Vllm)) - VLLM_SERVER - {"use_vllm", "vllm_mode"}
+"""Settings of one place of vLLM that mean nothing in the other."""
 
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
@@ -270,6 +300,7 @@ RESUME_MAY_CHANGE = frozenset(
         "loss_path",
         "teacher_memory",
     }
+    | {f.name for f in dataclasses.fields(Vllm)}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -375,6 +406,9 @@ def _refuse_idle_flags(run: Run) -> None:
         (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
         (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
+        (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
+        (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),
+        (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--vllm_mode server"),
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
         (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),

@@ -30,7 +30,8 @@ from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, Objective, loss_settings
 from unisd_megatron.modes import MODES
 from unisd_megatron.parity import oracle
-from unisd_megatron.train.step import Learner, compute_gradients, gather_tally, share_out
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.step import compute_gradients, gather_tally, share_out
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import VOCAB_SIZE, tiny_model
 
