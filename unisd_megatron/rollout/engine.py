@@ -21,6 +21,8 @@ class Sampling:
     top_k: int  # 0: all
     max_tokens: int
     eos_ids: tuple[int, ...]
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest are never drawn; 0: off
+    repetition_penalty: float = 1.0  # 1: off
 
 
 @dataclass(frozen=True)
