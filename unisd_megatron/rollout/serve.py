@@ -74,7 +74,7 @@ def main(arguments: Sequence[str], *, transfer: bool = True) -> int:
     print(_who_may_enter(request.host, request.port, token, transfer), flush=True)
     on_cpu = _on_cpu()
     command = _command(request, guarded=token is not None, transfer=transfer, on_cpu=on_cpu) + more
-    _become(command, os.environ | _environment(request.tensor_parallel_size, on_cpu))
+    return _become(command, os.environ | _environment(request.tensor_parallel_size, on_cpu))
 
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:

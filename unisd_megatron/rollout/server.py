@@ -76,6 +76,17 @@ class Server:
             raise self._garbage("/get_world_size", f"world_size {size!r}")
         return size
 
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt with its completion; vLLM cuts what is longer instead of refusing it."""
+        models = self._field("GET", "/v1/models", "data")
+        try:
+            longest = models[0]["max_model_len"]
+        except (IndexError, KeyError, TypeError) as error:
+            raise self._garbage("/v1/models", _excerpt(models)) from error
+        if type(longest) is not int:
+            raise self._garbage("/v1/models", f"max_model_len {longest!r}")
+        return longest
+
     def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
         """Every worker joins the transfer group that `info` describes; returns when all have, so join it meanwhile."""
         self._json("POST", "/init_weight_transfer_engine", {"init_info": dict(info)})
@@ -227,17 +238,20 @@ def _completion(answer: Any, request: Request, sampling: Sampling) -> Completion
     for place, value in enumerate(log_probs):
         if type(value) not in (float, int) or not math.isfinite(value) or value > ROUNDING:
             raise ValueError(f"log-prob {_excerpt(value)} of token {place}")
-    reason = _finish_reason(choice, token_ids, sampling)
+    reason = _finish_reason(choice, token_ids, len(request.prompt), sampling)
     return Completion(tuple(token_ids), tuple(map(float, log_probs)), reason)
 
 
-def _finish_reason(choice: Mapping[str, Any], token_ids: list[int], sampling: Sampling) -> str:
+def _finish_reason(choice: Mapping[str, Any], token_ids: list[int], prompt_tokens: int, sampling: Sampling) -> str:
     reason = choice.get("finish_reason")
     ends = [place for place, token in enumerate(token_ids) if token in sampling.eos_ids]
     if reason == "stop" and ends == [len(token_ids) - 1]:
         return "stop"
     if reason == "length" and not ends and len(token_ids) == sampling.max_tokens:
         return "length"
+    if reason == "length" and not ends:
+        needed = f"{prompt_tokens} + {sampling.max_tokens} tokens"
+        raise ValueError(f"cut after {len(token_ids)} tokens; is the server's --max_model_len less than {needed}?")
     places = f"end-of-sequence ids at {ends[:4]}" if ends else "no end-of-sequence id"
     raise ValueError(f"finish_reason {_excerpt(reason)} after {len(token_ids)} of {sampling.max_tokens} tokens, {places}")
 
