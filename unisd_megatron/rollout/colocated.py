@@ -60,8 +60,8 @@ class ColocatedEngine:
             self._llm.wake_up(tags=["weights"])
         try:
             self._llm.start_weight_update()
-            for bucket in weights.everywhere():
-                self._llm.update_weights({"update_info": _update(bucket)})
+            for number, bucket in enumerate(weights.everywhere(), start=1):
+                self._llm.update_weights({"update_info": _update(bucket, last=number == len(weights))})
             self._llm.finish_weight_update(str(step))
         except ValueError as error:
             raise CheckFailed(f"weight sync of step {step}: {error}") from error
@@ -157,12 +157,13 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
     )
 
 
-def _update(bucket: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+def _update(bucket: Sequence[tuple[str, torch.Tensor]], *, last: bool) -> dict[str, Any]:
     return {
         "names": [name for name, _ in bucket],
         "shapes": [list(tensor.shape) for _, tensor in bucket],
         "dtype": str(bucket[0][1].dtype).removeprefix("torch."),
         "checksums": [checksum(tensor) for _, tensor in bucket],
+        "last": last,
         "tensors": [tensor for _, tensor in bucket],
     }
 

@@ -64,6 +64,12 @@ class ServerPool:
         with self._lock:
             return {server for server, state in self._states.items() if state.lost}
 
+    @property
+    def errors(self) -> list[str]:
+        """The last error of each lost server."""
+        with self._lock:
+            return [str(state.last_error) for state in self._states.values() if state.lost]
+
     def revive(self) -> list[Server]:
         """The lost servers that answer again. They may hold any weights: update them, then `admit` them."""
         lost = self.lost
@@ -159,7 +165,8 @@ class ServerPool:
         with self._lock:
             live = [server for server, state in self._states.items() if not state.lost]
             if not live:
-                raise NoServerLeft("no vLLM server is left; " + "; ".join(str(s.last_error) for s in self._states.values()))
+                said = "; ".join(str(state.last_error) for state in self._states.values())
+                raise NoServerLeft(f"no vLLM server is left; {said}")
 
             def rank(server: Server) -> tuple[bool, bool, int]:
                 state = self._states[server]

@@ -116,6 +116,7 @@ class ServerEngine:
         stage = weights.stage(number)
         sums = broadcast_json(sums, stage, self._grid.pipeline)
         update = {"names": names, "shapes": shapes, "dtype": dtype, "checksums": sums, "source": stage}
+        update["last"] = number == len(weights) - 1
         failed = self._together(
             urls,
             lambda server: server.update_weights(update),
@@ -170,7 +171,7 @@ class ServerEngine:
         """See `RolloutEngine.fingerprints`: of every worker of every live server, the same on all ranks."""
 
         def ask(pool: ServerPool) -> dict[str, str]:
-            found = {}
+            found: dict[str, str] = {}
             for server in pool.live:
                 try:
                     for rank, worker in enumerate(server.call("unisd_fingerprints")):

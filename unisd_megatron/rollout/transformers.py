@@ -135,17 +135,22 @@ class _Draw(LogitsProcessor):
         self.log_probs: list[Tensor] = []  # [B] per position, under the sampling distribution
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = self._penalised(input_ids, scores.float())
-        log_probs = torch.log_softmax(scores / (self._sampling.temperature or 1.0), -1)
-        choice = log_probs
+        log_probs = choice = self.distribution(input_ids, scores)
         if self._sampling.temperature:
-            log_probs = torch.log_softmax(self._warpers(input_ids, log_probs), -1)
             uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._generators])
             gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
             choice = log_probs.double() + gumbel.to(scores.device)
         token = choice.argmax(-1, keepdim=True)
         self.log_probs.append(log_probs.gather(1, token).squeeze(1))
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+    def distribution(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Log-probs `[B, V]` that tokens are drawn with; called once for each position, in order."""
+        scores = self._penalised(input_ids, scores.float())
+        log_probs = torch.log_softmax(scores / (self._sampling.temperature or 1.0), -1)
+        if self._sampling.temperature and self._warpers:
+            log_probs = torch.log_softmax(self._warpers(input_ids, log_probs), -1)
+        return log_probs
 
     def _penalised(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         penalty = self._sampling.repetition_penalty

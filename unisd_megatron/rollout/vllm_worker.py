@@ -36,12 +36,16 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One bucket. tensors: by reference; else sender `source` sends one row of `dtype` with the tensors end to end."""
+    """One bucket. tensors: by reference; else sender `source` sends one row of `dtype` with the tensors end to end.
+
+    last: with this bucket every weight of the model must have come.
+    """
 
     names: list[str]
     shapes: list[list[int]]
     dtype: str
     checksums: list[int]
+    last: bool
     source: int = 0
     tensors: list[Tensor] | None = None
 
@@ -57,6 +61,7 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._links: list[Link] = []
         self._loaded: set[str] = set()
         self._expected: set[str] = set()
+        self._open = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -70,7 +75,10 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         if self.device.type == "cpu":
             _unpack_experts(self.model)
+        if self._open:  # a broken-off update left layers half loaded
+            finalize_layerwise_reload(self.model, self.model_config)
         initialize_layerwise_reload(self.model)
+        self._open = True
         self._expected = {name for name, _ in self.model.named_parameters()}
         self._loaded = set()
 
@@ -89,6 +97,9 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # A head packed for CPU kernels is a copy of its own, which vLLM loads by its own name.
             pairs += [(HEAD, tensor) for name, tensor in pairs if name == EMBEDDING and self.device.type == "cpu"]
         self._loaded |= set(self.model.load_weights(pairs))
+        missing = self._expected - self._loaded
+        if update_info.last and missing:  # here, because vLLM does not take another update after a failed `finish`
+            raise ValueError(f"weight sync: nothing came for the engine's {min(missing)} and {len(missing) - 1} more")
 
     def _receive(self, update_info: UpdateInfo) -> list[Tensor]:
         # A row of its own for each bucket: layers that are not complete yet keep views of it.
@@ -99,10 +110,7 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        if missing := self._expected - self._loaded:
-            raise ValueError(
-                f"weight sync: nothing came for {min(missing)} and {len(missing) - 1} more of the engine's weights"
-            )
+        self._open = False
 
     def shutdown(self) -> None:
         self._links = []
