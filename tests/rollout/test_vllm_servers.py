@@ -21,6 +21,8 @@ from unisd_megatron.rollout.server import Server, ServerError
 from unisd_megatron.weights.tiny import byte_tokenizer
 
 pytest.importorskip("vllm")
+# The first test waits for the servers: a minute on two idle cores, several on busy ones.
+pytestmark = pytest.mark.timeout(600)
 
 TOKEN = "a-token-of-this-test"
 NEVER = 299  # an end-of-sequence id that the model does not draw
