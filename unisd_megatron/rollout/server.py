@@ -51,6 +51,7 @@ class Server:
             # vLLM closes a connection that was idle for a while or had an error without a word; the next call on it would fail.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
+            verify=parsed.scheme == "https",  # certificates take long to load and plain HTTP has none
         )
 
     def __repr__(self) -> str:
