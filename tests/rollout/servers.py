@@ -91,7 +91,7 @@ def running(
     token: str | None = None,
     transfer: bool = True,
     flags: Sequence[str] = (),
-    within_s: float = 280.0,
+    within_s: float = 500.0,
 ) -> Iterator[list[Running]]:
     """`count` servers of one model, started side by side; none of their processes outlives the block.
 

@@ -21,6 +21,8 @@ from unisd_megatron.rollout.server import Server, ServerError
 from unisd_megatron.weights.tiny import byte_tokenizer
 
 pytest.importorskip("vllm")
+# The first test waits for the servers: a minute on two idle cores, several on busy ones.
+pytestmark = pytest.mark.timeout(600)
 
 TOKEN = "a-token-of-this-test"
 NEVER = 299  # an end-of-sequence id that the model does not draw
@@ -185,9 +187,9 @@ def test_the_control_calls(clients: list[Server]) -> None:
     assert server.world_size() == 1
     assert isinstance(server.weight_version(), str)
     assert server.call("check_health") == [None]
-    with pytest.raises(ServerError, match="/collective_rpc: 500"):
+    with pytest.raises(ServerError, match="/collective_rpc: 500 .*no attribute 'no_such_method'"):
         server.call("no_such_method")
-    with pytest.raises(ServerError, match="/init_weight_transfer_engine: 500"):
+    with pytest.raises(ServerError, match="/init_weight_transfer_engine: 500 .*not configured"):
         server.init_weight_transfer({})  # this one was started without the plug-in
     server.pause()
     server.reset_prefix_cache()
@@ -195,8 +197,16 @@ def test_the_control_calls(clients: list[Server]) -> None:
     assert server.complete(requests(1)[0], WARM).finish_reason == "length"
 
 
+def generated_tokens(server: Server) -> float:
+    """How many tokens the server has sampled since its start, by its own count."""
+    said = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).text
+    (count,) = (line for line in said.splitlines() if line.startswith("vllm:generation_tokens_total"))
+    return float(count.split()[-1])
+
+
 def test_closing_the_pool_ends_what_the_server_samples(clients: list[Server]) -> None:
     server, pool = clients[0], ServerPool(clients[:1])
+    before = generated_tokens(server)
     future = pool.submit(requests(16), Sampling(0.7, 1.0, 0, 400, (NEVER,)))
     with pytest.raises(ServerError, match="requests are still running"):
         for _ in range(2000):
@@ -207,6 +217,7 @@ def test_closing_the_pool_ends_what_the_server_samples(clients: list[Server]) ->
     server.pause()
     server.reset_prefix_cache()
     server.resume()
+    assert 0 < generated_tokens(server) - before < 16 * 400
 
 
 CONTROL = ["pause", "resume", "start_weight_update", "update_weights", "init_weight_transfer_engine", "collective_rpc"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -114,17 +115,21 @@ class ServerPool:
         return self._background.submit(self.generate, list(requests), sampling, expected_version)
 
     def close(self) -> None:
-        """Ends what `submit` has under way and returns when no thread of the pool is left; the servers go on.
+        """Ends the batches under way and returns when no thread of the pool is left; the servers go on.
 
-        The batch's future raises. A server that hangs keeps this waiting until its requests time out.
+        A batch's future raises `ServerError`. A server that hangs keeps this waiting until its requests time out.
         """
         self._closed.set()
-        with self._lock:
-            busy = [server for server, state in self._states.items() if state.outstanding and not state.lost]
-        for server in busy:
-            with contextlib.suppress(ServerError):
-                server.abort()
+        while busy := self._busy():  # again and again: a request that was still on its way is not ended by the first call
+            for server in busy:
+                with contextlib.suppress(ServerError):
+                    server.abort()
+            time.sleep(0.05)
         self._background.shutdown(wait=True, cancel_futures=True)
+
+    def _busy(self) -> list[Server]:
+        with self._lock:
+            return [server for server, state in self._states.items() if state.outstanding and not state.lost]
 
     def _sample(
         self, indices: Iterable[int], requests: Sequence[Request], sampling: Sampling

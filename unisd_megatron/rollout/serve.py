@@ -74,7 +74,7 @@ def main(arguments: Sequence[str], *, transfer: bool = True) -> int:
     print(_who_may_enter(request.host, request.port, token, transfer), flush=True)
     on_cpu = _on_cpu()
     command = _command(request, guarded=token is not None, transfer=transfer, on_cpu=on_cpu) + more
-    return _become(command, os.environ | _environment(request.tensor_parallel_size, on_cpu))
+    return _become(command, os.environ | _environment(on_cpu))
 
 
 def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
@@ -187,13 +187,12 @@ def _command(request: argparse.Namespace, *, guarded: bool, transfer: bool, on_c
     return words
 
 
-def _environment(tensor_parallel_size: int, on_cpu: bool) -> dict[str, str]:
+def _environment(on_cpu: bool) -> dict[str, str]:
     """What is set for vLLM; the user's own value wins wherever another is possible."""
     wanted = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # Threads that wait for each other at every tiny operation, and a compiler run at the first token, cost far more
-        # than they bring.
-        wanted |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        if tensor_parallel_size > 1:
-            wanted["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # its default wants a NUMA node for each worker
+        # than they bring. Left alone, vLLM pins the first worker of every server of a machine to the same core, and wants
+        # a NUMA node for each further worker.
+        wanted |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {"VLLM_SERVER_DEV_MODE": "1"} | {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -20,8 +20,6 @@ from unisd_megatron.errors import ConfigError, UnisdError
 from unisd_megatron.rollout.engine import Request, Sampling
 
 HEALTH_TIMEOUT_S = 5.0
-# A server closes connections that were idle for 5 s; a client that keeps them as long sometimes writes into a closed one.
-KEEP_ALIVE_S = 2.0
 LARGEST_ANSWER = 256 << 20  # bytes; some 10 million tokens
 ROUNDING = 1e-4  # a log-prob may exceed 0 by this much
 
@@ -31,7 +29,7 @@ class ServerError(UnisdError):
 
 
 class Server:
-    """A vLLM server. Safe to use from several threads; each call opens or reuses a connection of its own.
+    """A vLLM server. Safe to use from several threads; each call opens a connection of its own.
 
     Args: url: `http://host:port`; token: sent as `Authorization: Bearer`, None where the server asks for none; timeout_s: of
     every call as a whole, a completion and a weight update included. Proxies and credentials of the environment (`HTTP_PROXY`,
@@ -50,8 +48,10 @@ class Server:
         self._client = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+            # vLLM closes a connection that was idle for a while or had an error without a word; the next call on it would fail.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
+            verify=parsed.scheme == "https",  # certificates take long to load and plain HTTP has none
         )
 
     def __repr__(self) -> str:
