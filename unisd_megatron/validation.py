@@ -80,6 +80,10 @@ def _validate_rollout(run: Run, world_size: int) -> None:
             raise ConfigError("--importance_sampling_cap needs log-probs of the weights that sampled; drop --rollout replay")
     if not vllm.use_vllm:
         return
+    if rollout.temperature < 0.01:
+        raise ConfigError(
+            f"--temperature {rollout.temperature}: vLLM samples at 0.01 at least; raise it, or leave --use_vllm out"
+        )
     if vllm.vllm_mode == "server" and not server_urls(run):
         raise ConfigError("--vllm_mode server needs --vllm_server_urls http://host:port[,...]; tools/serve_vllm.py starts one")
     wrong = [url for url in server_urls(run) if not url.startswith(("http://", "https://"))]

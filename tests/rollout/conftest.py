@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-import servers
+import vllm_servers as servers
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from servers import Running, running
 from unisd_megatron.batch import Completion
 from unisd_megatron.rollout.engine import Request, Sampling, sequence_seed
 from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
 from unisd_megatron.rollout.server import Server, ServerError
 from unisd_megatron.weights.tiny import byte_tokenizer
+from vllm_servers import Running, running
 
 pytest.importorskip("vllm")
 # The first test waits for the servers: a minute on two idle cores, several on busy ones.

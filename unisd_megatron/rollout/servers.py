@@ -8,7 +8,7 @@ comes back and has been given everything. Nobody gets a prompt before it holds t
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,34 +22,46 @@ from unisd_megatron.errors import CheckFailed, UnisdError
 from unisd_megatron.exchange import all_gather_json, broadcast_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.guard import server_token
 from unisd_megatron.rollout.link import Link, checksum
 from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
 from unisd_megatron.rollout.server import Server, ServerError
 
-TOKEN_VARIABLE = "UNISD_SERVER_TOKEN"
-
 
 class ServerEngine:
-    """Args: urls: of the servers, all with the run's model; timeout_s: until a silent server counts as lost.
-
-    Every method is collective over the world.
+    """Args: urls: of the servers, all with the run's model; timeout_s: until a silent server counts as lost; max_model_len:
+    the longest prompt and completion together, tokens. Every method is collective over the world.
     """
 
-    def __init__(self, urls: Sequence[str], grid: Grid, *, timeout_s: float) -> None:
+    def __init__(self, urls: Sequence[str], grid: Grid, *, timeout_s: float, max_model_len: int) -> None:
         self._grid, self._timeout_s, self._version = grid, timeout_s, 0
         self._drives = grid.world.rank == 0
         self._replica_0 = grid.data.rank == 0 and grid.context.rank == 0
         self._sends = self._replica_0 and grid.tensor.rank == 0
         self._links: dict[str, Link] = {}  # by URL, on senders
         self._pending: list[tuple[int, Future[list[Completion]]]] = []  # on rank 0, with the version that samples it
+        self._run = secrets.token_hex(4)  # so that a server which still holds another run's weights is not taken for ours
         self._pool = self._open_pool(urls) if self._drives else None
+        self._on_driver(lambda pool: self._check_room(pool, max_model_len))
 
     def _open_pool(self, urls: Sequence[str]) -> ServerPool:
-        servers = [Server(url, os.environ.get(TOKEN_VARIABLE), self._timeout_s) for url in urls]
+        servers = [Server(url, server_token(), self._timeout_s) for url in urls]
         pool = ServerPool(servers)
         for server in servers:
             pool.lose(server, f"{server.url}: holds no weights of this run yet")
         return pool
+
+    def _check_room(self, pool: ServerPool, needed: int) -> None:
+        """vLLM would cut completions that do not fit, without a word."""
+        for server in pool.revive():
+            with contextlib.suppress(ServerError):
+                if (room := server.max_model_len()) < needed:
+                    raise NoServerLeft(
+                        f"{server.url} takes {room} tokens and this run has up to {needed}; raise --max_model_len"
+                    )
+
+    def _name(self, version: int) -> str:
+        return f"{self._run}-{version}"
 
     def refresh(self, weights: Weights, step: int) -> None:
         """See `RolloutEngine.refresh`. Lost servers that answer again are taken back in."""
@@ -159,7 +171,7 @@ class ServerEngine:
         for url in list(self._links):
             server = self._server(url)
             try:
-                server.finish_weight_update(str(step))
+                server.finish_weight_update(self._name(step))
                 server.reset_prefix_cache()
                 pool.admit(server)
             except ServerError as error:
@@ -184,7 +196,7 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `RolloutEngine.generate`."""
-        return self._completions(lambda pool: (self._version, pool.generate(requests, sampling, str(self._version))))
+        return self._completions(lambda pool: (self._version, pool.generate(requests, sampling, self._name(self._version))))
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.probe`."""
@@ -207,7 +219,7 @@ class ServerEngine:
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Asks for completions that `collect` returns, batch by batch in this order, while the caller does something else."""
         if self._pool is not None:
-            self._pending.append((self._version, self._pool.submit(requests, sampling, str(self._version))))
+            self._pending.append((self._version, self._pool.submit(requests, sampling, self._name(self._version))))
 
     def collect(self) -> list[Completion]:
         """The completions of the oldest `submit`; waits for them."""

@@ -23,6 +23,7 @@ from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
+from unisd_megatron.rollout.guard import server_token
 from unisd_megatron.rollout.replay import ReplayEngine
 from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.rollout.transformers import TransformersEngine
@@ -82,6 +83,9 @@ def prepare(run: Run, world_size: int) -> Prepared:
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
+    if run.vllm.use_vllm and run.vllm.vllm_mode == "server":
+        guarded = "ask for a token" if server_token() else "ask for no token (UNISD_SERVER_TOKEN is not set)"
+        notes.append(f"vLLM servers {guarded}; the ports that weights go through ask for nothing: private network only")
     if teacher_kind(run) != run.teacher.teacher:
         notes.append("released semantics: the EMA teacher stays where it started")
     max_steps = run.schedule.max_steps or max(
@@ -162,11 +166,19 @@ def _engine(run: Run, prepared: Prepared, grid: Grid) -> RolloutEngine:
     if not run.vllm.use_vllm:
         return TransformersEngine(prepared.source.path, grid, dtype)
     if run.vllm.vllm_mode == "server":
-        return ServerEngine(server_urls(run), grid, timeout_s=run.vllm.vllm_server_timeout)
+        timeout_s = run.vllm.vllm_server_timeout
+        return ServerEngine(server_urls(run), grid, timeout_s=timeout_s, max_model_len=_longest(run, prepared))
     from unisd_megatron.rollout.colocated import ColocatedEngine  # imports vLLM, which changes its process
 
-    longest = max(len(one.views[STUDENT]) for one in prepared.prompts) + run.rollout.max_completion_length
-    return ColocatedEngine(prepared.source.path, grid, dtype, run.vllm, max_model_len=longest)
+    return ColocatedEngine(prepared.source.path, grid, dtype, run.vllm, max_model_len=_longest(run, prepared))
+
+
+def _longest(run: Run, prepared: Prepared) -> int:
+    """Tokens of the longest prompt and completion that an engine may meet; held-out questions may be as long as allowed."""
+    prompt = max(len(one.views[STUDENT]) for one in prepared.prompts)
+    if run.schedule.eval_steps:
+        prompt = max(prompt, run.data.max_prompt_length)
+    return min(prompt + run.rollout.max_completion_length, prepared.source.arch.max_position)
 
 
 def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:
