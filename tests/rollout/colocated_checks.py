@@ -73,10 +73,11 @@ class Bench:
 
     @torch.no_grad()
     def move(self) -> None:
-        """Another student, the same under every layout that gives a rank these shards."""
+        """Another student. Copies of a weight on several ranks stay copies."""
         self.step += 1
         for _, parameter in self.learner.student.model.named_shards():
-            parameter.mul_(1.0 + 0.02 * (-1) ** self.step).add_(0.003 * self.step)
+            wave = torch.sin(torch.arange(parameter.numel()) * (0.7 + 0.1 * self.step))
+            parameter.add_(0.02 * wave.view_as(parameter))
 
     def refusal(self, act: Callable[[], None]) -> str:
         try:
