@@ -96,7 +96,7 @@ def _refuse_idle_flags(run: Run) -> None:
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
         (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
         (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),
-        (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--vllm_mode server"),
+        (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--use_vllm --vllm_mode server"),
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
         (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),

@@ -34,6 +34,7 @@ TRAIN: dict[str, str | None] = {
 }
 AGREEMENT = {"--mode": "agreement_tok_random", "--num-auxiliary-contexts": "2"}
 MBPP = {"--dataset": "mbpp", "--data_path": "rows.jsonl", "--eval_data_path": "rows.jsonl"}
+SERVERS = {"--use_vllm": "", "--vllm_mode": "server", "--vllm_server_urls": "http://127.0.0.1:9"}
 MBPP_ROW = {"task_id": 11, "text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
 
 
@@ -131,6 +132,22 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "temperature": ({"--temperature": "0"}, ["--temperature must be positive"]),
     "prompts too long": ({"--max_prompt_length": "5"}, ["all 16 examples", "--max_prompt_length 5", "46 tokens"]),
     "no recording": ({"--rollout": "replay", "--replay_path": "absent"}, ["absent", "no completions recorded for step 0"]),
+    "idle vllm": ({"--vllm_mode": "server"}, ["--vllm_mode does nothing", "it acts with --use_vllm"]),
+    "no servers": ({**SERVERS, "--vllm_server_urls": None}, ["--vllm_server_urls http://host:port", "tools/serve_vllm.py"]),
+    "no url": ({**SERVERS, "--vllm_server_urls": "a:80"}, ["a:80 is no URL"]),
+    "a server twice": ({**SERVERS, "--vllm_server_urls": "http://a:80,http://a:80/"}, ["names a server twice"]),
+    "idle in server mode": ({**SERVERS, "--vllm_tensor_parallel_size": "2"}, ["it acts with --vllm_mode colocate"]),
+    "idle when colocated": ({"--use_vllm": "", "--max_rollout_lag": "1"}, ["--max_rollout_lag", "--vllm_mode server"]),
+    "idle lag": ({"--max_rollout_lag": "1"}, ["--max_rollout_lag", "it acts with --use_vllm --vllm_mode server"]),
+    "engine of two of one": ({"--use_vllm": "", "--vllm_tensor_parallel_size": "2"}, ["does not divide 1 processes; use 1"]),
+    "too cold for vllm": ({"--use_vllm": "", "--temperature": "0.001"}, ["vLLM samples at 0.01 at least"]),
+    "replayed vllm": ({"--use_vllm": "", "--rollout": "replay", "--replay_path": "model"}, ["--use_vllm", "drop one"]),
+    "replayed importance": (
+        {"--rollout": "replay", "--replay_path": "model", "--importance_sampling_cap": "2"},
+        ["--importance_sampling_cap needs log-probs of the weights that sampled"],
+    ),
+    "negative min_p": ({"--min_p": "-0.1"}, ["--min_p lies in [0, 1)"]),
+    "no penalty": ({"--repetition_penalty": "0"}, ["--repetition_penalty must be positive"]),
     "no replay path": ({"--rollout": "replay"}, ["--rollout replay needs --replay_path"]),
     "no checkpoint": ({"--resume_from_checkpoint": "absent"}, ["absent", "not a complete checkpoint"]),
     "no latest": ({"--resume_from_checkpoint": "latest"}, ["run: no complete checkpoint to resume from"]),

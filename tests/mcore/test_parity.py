@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +56,31 @@ def test_every_mode_equals_one_process(world: World, name: str) -> None:
     results = world.run(4, on_rig, LAYOUTS[name], all_cases, timeout_s=240)[0]
     assert len(results) >= 20
     assert [case for case in results if not case.holds] == []
+
+
+def importance(rig: Rig) -> tuple[float, float, float]:
+    """Relative error of loss and gradient with truncated importance sampling, and the part of the ratios that it cuts."""
+    settings = replace(dict(cases("fused"))["unisd_star, JSD 0.5, clip 0.2"], importance_cap=1.5)
+    shifts = itertools.cycle([0.3, -0.2, 1.1, -0.9, 0.0])
+    samples = []
+    for sample in rig.samples:  # engines whose probabilities are 0.4 to 3 times those of a uniform draw
+        said = sample.completion
+        logged = tuple(next(shifts) - 5.7 for _ in said.token_ids)
+        samples.append(replace(sample, completion=replace(said, log_probs=logged)))
+    rig.samples = samples
+    without, *_ = rig.gradients(replace(settings, importance_cap=None), samples)
+    loss, gradients, _ = rig.gradients(settings, samples)
+    if rig.grid.world.rank:
+        return 0.0, 0.0, 1.0
+    expected_loss, expected = rig.expected(settings)
+    return abs(loss / expected_loss - 1), gradient_error(gradients, expected), abs(without / loss - 1)
+
+
+@pytest.mark.parametrize("name", ["tp2 pp2 sp, padded, micro-batches of 2, recompute", "dp2 cp2, packs of 2"])
+def test_importance_sampling_weighs_every_term(world: World, name: str) -> None:
+    loss, gradient, effect = world.run(4, on_rig, LAYOUTS[name], importance, timeout_s=120)[0]
+    assert loss <= TOLERANCE and gradient <= TOLERANCE
+    assert effect > 0.05
 
 
 def test_llama_untied_scaled_rope(world: World) -> None:

