@@ -143,6 +143,8 @@ def main(folder: Path) -> None:
                 found["faults"] = faults(bench, folder)
                 plain = [bench.engine.generate(requests(), sampling) for sampling in (WARM, SHAPED)]
                 found["completions"] = [[[one.token_ids, one.log_probs, one.finish_reason] for one in said] for said in plain]
+                (alone,) = bench.engine.generate(requests()[:1], WARM)  # fewer than engines
+                found["alone"] = [alone.token_ids, alone.version]
                 hf = {name: tensor.clone() for bucket in bench.weights.everywhere() for name, tensor in bucket}
                 if grid.world.rank == 0:
                     torch.save(hf, folder / "weights.pt")

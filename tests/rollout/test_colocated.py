@@ -40,7 +40,7 @@ def write_models(folder: Path) -> None:
             model = AutoModelForCausalLM.from_config(kind(**SHAPE, tie_word_embeddings=tied))
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+                    parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
             model.save_pretrained(folder / f"{name}-{'tied' if tied else 'untied'}")
 
 
@@ -92,6 +92,7 @@ def test_completions_are_draws_from_the_sampling_distribution(found: dict[str, A
     """The weights that Megatron streamed, the log-probs that vLLM reported, and the definition of every sampling setting."""
     save_folder(folder / "hf", folder / "qwen2-tied", torch.load(folder / "weights.pt", weights_only=True).items())
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    assert found["alone"] == [found["completions"][0][0][0], len(found["gaps"]["qwen2-tied"]) + 3]  # the syncs of `faults`
     for sampling, said in zip((checks.WARM, checks.SHAPED), found["completions"], strict=True):
         assert len(said) == len(checks.requests())
         for request, (ids, log_probs, reason) in zip(checks.requests(), said, strict=True):
