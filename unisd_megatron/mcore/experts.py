@@ -14,6 +14,8 @@ from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from unisd_megatron.losses.collectives import enter_shards
+
 
 class Router(TopKRouter):
     """Megatron's router, whose own gate needs Transformer Engine (megatron-core 0.16.1)."""
@@ -32,10 +34,10 @@ class ReplicatedTokensMoELayer(MoELayer):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         probabilities, routing = self.router(hidden_states)
-        tokens = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group).flatten(0, -2)
-        probabilities = copy_to_tensor_model_parallel_region(probabilities, group=self.tp_group)
+        # Not Megatron's own way in, which loses the sum over ranks where a gradient is not contiguous, as that of `weights` is.
+        tokens = enter_shards(hidden_states, self.tp_group).flatten(0, -2)
         counts = routing.sum(0)
-        ordered, weights, order, *_ = permute(tokens, routing, probs=probabilities, num_out_tokens=int(counts.sum()))
+        ordered, weights, order, *_ = permute(tokens, routing, probs=enter_shards(probabilities, self.tp_group))
         output, _ = self.experts(ordered, counts, weights)
         output = unpermute(output, order, restore_shape=tokens.shape, routing_map=routing)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group).view_as(hidden_states), None

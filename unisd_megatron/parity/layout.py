@@ -140,7 +140,7 @@ def cases(path: str) -> Iterator[tuple[str, LossSettings]]:
     vanilla = _settings("vanilla", path)
     yield "reverse KL", dataclasses.replace(vanilla, alpha=1.0)
     yield "JSD 0.3", dataclasses.replace(vanilla, alpha=0.3)
-    yield "clip 1.8", dataclasses.replace(vanilla, token_clip=1.8)
+    yield "clip 2", dataclasses.replace(vanilla, token_clip=2.0)
     yield "unisd_star, JSD 0.5, clip 0.2", dataclasses.replace(_settings("unisd_star", path), alpha=0.5, token_clip=0.2)
     yield "agreement_seq range", dataclasses.replace(_settings("agreement_seq_random", path), agreement_stat="range", gamma=0.5)
     yield "agreement_tok range", dataclasses.replace(_settings("agreement_tok_random", path), agreement_stat="range")

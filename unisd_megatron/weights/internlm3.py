@@ -1,4 +1,4 @@
-"""InternLM3 for `transformers`, which has no class for it and would run code from the checkpoint: a Llama with two bias flags."""
+"""InternLM3 for `transformers`, which has no class for it: a Llama with two bias flags. No code of the checkpoint runs."""
 
 from __future__ import annotations
 
