@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
