@@ -14,7 +14,7 @@ from unisd_megatron.families.reading import make_rope, read_arch, refuse, whole
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 # What a published config leaves out (transformers' Gemma3TextConfig).
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -35,7 +35,7 @@ class Gemma3(Family):
     def arch(self, config: AbstractMapping[str, Any]) -> Arch:
         switches = ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
         refuse(config, self.name, *switches)
-        config = DEFAULTS | dict(config)
+        config = {**DEFAULTS, **config}
         stated = {LOCAL: {}, GLOBAL: config.get("rope_scaling") or {}} | (config.get("rope_parameters") or {})
         base = {
             kind: float(stated[kind].get("rope_theta", config[name]))

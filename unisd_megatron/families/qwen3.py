@@ -15,7 +15,7 @@ class Qwen3(Llama):
 
     def arch(self, config: AbstractMapping[str, Any]) -> Arch:
         refuse(config, self.name, "use_sliding_window", "attention_bias")
-        config = {"head_dim": 128} | dict(config)
+        config = {"head_dim": 128, **config}
         return read_arch(config, family=self.name, rope=read_rope(config, self.name, "default"), qk_norm=True)
 
     def tiny_config(self) -> dict[str, Any]:

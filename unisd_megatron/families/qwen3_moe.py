@@ -32,7 +32,7 @@ class Qwen3Moe(Family):
             family=self.name,
             rope=read_rope(config, self.name, "default"),
             qk_norm=True,
-            ffn_hidden_size=whole(config, "moe_intermediate_size"),
+            ffn="moe_intermediate_size",
             experts=experts,
         )
 

@@ -62,19 +62,19 @@ def make_rope(stated: Mapping[str, Any], base: float, family: str, *covered: str
     )
 
 
-def read_arch(config: Mapping[str, Any], *, family: str, rope: Rope, **switches: Any) -> Arch:
-    """The dimensions that all families state alike, and the `switches` of this one."""
+def read_arch(config: Mapping[str, Any], *, family: str, rope: Rope, ffn: str = "intermediate_size", **switches: Any) -> Arch:
+    """The dimensions that all families state alike, and the `switches` of this one. ffn: the key of that dimension."""
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     covered = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[switches.get("activation", "silu")]
     if activation != covered:
         raise ConfigError(f"config.json: hidden_act {activation!r} is not covered for {family}; only {covered} is")
     heads = whole(config, "num_attention_heads")
     hidden = whole(config, "hidden_size")
-    sizes = {"ffn_hidden_size": "intermediate_size"} if "ffn_hidden_size" not in switches else {}
     return Arch(
         family=family,
         num_layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
+        ffn_hidden_size=whole(config, ffn),
         num_attention_heads=heads,
         num_query_groups=whole(config, "num_key_value_heads", heads),
         head_dim=whole(config, "head_dim", hidden // heads),
@@ -83,6 +83,5 @@ def read_arch(config: Mapping[str, Any], *, family: str, rope: Rope, **switches:
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         rope=rope,
         tied=bool(config.get("tie_word_embeddings", False)),
-        **{field: whole(config, name) for field, name in sizes.items()},
         **switches,
     )

@@ -47,7 +47,8 @@ class SegmentAttention(DotProductAttention):
     ) -> Tensor:
         if packed_seq_params is None:
             if self._back is not None:
-                attention_mask = _hidden(*[torch.arange(len(query), device=query.device)] * 2, self._back)
+                everywhere = torch.arange(len(query), device=query.device)
+                attention_mask = _hidden(everywhere, everywhere, self._back)
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         group = parallel_state.get_context_parallel_group()
         ranks, rank = group.size(), group.rank()
