@@ -32,7 +32,7 @@ class InternLM3(Llama):
             "num_key_value_heads": 4,
             "head_dim": 32,
             "qkv_bias": True,
-            "bias": False,
+            "bias": True,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50000000.0, "factor": 6.0},

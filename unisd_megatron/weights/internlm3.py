@@ -15,7 +15,8 @@ class InternLM3Config(LlamaConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
-        self.mlp_bias = self.bias  # Llama's name for it in the feed-forward block; vLLM reads it too
+        # Llama's names, as far as they can say it; vLLM reads them too.
+        self.attention_bias, self.mlp_bias = self.qkv_bias and self.bias, self.bias
 
 
 class InternLM3ForCausalLM(LlamaForCausalLM):
@@ -29,7 +30,8 @@ class InternLM3ForCausalLM(LlamaForCausalLM):
             attention = layer.self_attn
             biased = [attention.q_proj, attention.k_proj, attention.v_proj] if config.qkv_bias else []
             for projection in biased + ([attention.o_proj] if config.bias else []):
-                projection.bias = torch.nn.Parameter(projection.weight.new_zeros(projection.out_features))
+                if projection.bias is None:
+                    projection.bias = torch.nn.Parameter(projection.weight.new_zeros(projection.out_features))
 
 
 def register() -> None:
