@@ -15,6 +15,7 @@ CORE = [
     "transformers>=5.8,<6",
     "safetensors>=0.5",
     "huggingface-hub",
+    "httpx>=0.27",
     "einops",
     "psutil",
     "tqdm",
