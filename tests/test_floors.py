@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": set(),
     "mcore": {"losses", "mechanisms", "families"},
     "weights": {"families"},
-    "rollout": {"families"},
+    "rollout": {"families", "weights"},
     "convert": {"families", "mcore", "weights"},
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},

@@ -30,6 +30,7 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.weights import internlm3
 
 
 class TransformersEngine:
@@ -113,6 +114,7 @@ class TransformersEngine:
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The folder's model; random weights beside a bare config.json (a Megatron checkpoint), to be refreshed before use."""
+    internlm3.register()
     if any(folder.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
