@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": set(),
     "mcore": {"losses", "mechanisms", "families"},
     "weights": {"families"},
-    "rollout": set(),
+    "rollout": {"families", "weights"},
     "convert": {"families", "mcore", "weights"},
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
@@ -38,7 +38,7 @@ ONLY_IN = {
     "httpx": ("rollout/server.py",),
     "argparse": ("cli/", "evaluate/model.py", "rollout/serve.py"),
     "datasets": ("data/task.py",),
-    "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py"),
+    "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py", "weights/internlm3.py"),
 }
 FLOORS_WITHOUT_MEGATRON = [
     "config",

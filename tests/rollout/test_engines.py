@@ -288,7 +288,7 @@ def test_a_stream_of_weights_that_does_not_fit_is_refused_by_name(tiny: dict[str
         (1, {n: t for n, t in right.items() if n != name}, f"step 1: the stream lacks {name} and 0 more"),
         (2, {n: t for n, t in right.items() if n != "lm_head.weight"}, "step 2: the stream lacks lm_head.weight"),
         (3, right | {"model.layers.9.mlp.up_proj.weight": right[name]}, "no model.layers.9.mlp.up_proj.weight"),
-        (4, right | {name: right[name].t().contiguous()}, f"no {name} of shape (64, 32)"),
+        (4, right | {name: right[name].t().contiguous()}, f"no {name} of shape (64, 128)"),
     ]:
         with pytest.raises(CheckFailed) as caught:
             engine.refresh(Listed(stream), step)

@@ -21,6 +21,7 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
 from unisd_megatron.rollout.link import checksum
+from unisd_megatron.weights import internlm3
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -126,6 +127,7 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
         from unisd_megatron.rollout.vllm_worker import BACKEND
     except ImportError as error:
         raise ConfigError(f"--use_vllm: vLLM cannot be imported ({error}); install it, or leave --use_vllm out") from error
+    internlm3.register()
     where: dict[str, Any]
     if grid.device.type == "cpu":
         where = {

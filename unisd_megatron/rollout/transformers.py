@@ -27,8 +27,10 @@ from transformers.utils import logging as transformers_logging
 from unisd_megatron.batch import Completion
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.weights import internlm3
 
 
 class TransformersEngine:
@@ -45,7 +47,7 @@ class TransformersEngine:
         self.model = _load(folder, dtype).to(grid.device).eval()
         # A checkpoint's own generation defaults (repetition penalty, top-k, ...) would act on the scores before ours.
         self.model.generation_config = GenerationConfig()
-        self._parameters = dict(self.model.named_parameters())
+        self._parameters = published(self.model.named_parameters())
         self._version = 0
 
     @torch.no_grad()
@@ -112,6 +114,7 @@ class TransformersEngine:
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The folder's model; random weights beside a bare config.json (a Megatron checkpoint), to be refreshed before use."""
+    internlm3.register()
     if any(folder.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
