@@ -98,6 +98,10 @@ def _model_of(path: Path, config: dict[str, Any]) -> tuple[Arch, list[Mapping]]:
         arch = family.arch(config)
     except ConfigError as error:
         raise ConfigError(f"{path}/{error}" if str(error).startswith("config.json") else str(error)) from error
+    if arch.num_attention_heads % arch.num_query_groups:
+        raise ConfigError(
+            f"{path}/config.json: {arch.num_query_groups} key/value heads do not divide {arch.num_attention_heads} heads"
+        )
     return arch, family.mappings(arch)
 
 

@@ -45,6 +45,7 @@ class TensorDifference:
     name: str
     entries: int
     largest: float
+    total: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Verification:
 def compare(name: str, one: Tensor, other: Tensor) -> TensorDifference:
     """Bit for bit where the dtype is the same, by value in the wider one otherwise; in blocks."""
     if one.shape != other.shape:
-        return TensorDifference(name, one.numel(), float("inf"))
+        return TensorDifference(name, one.numel(), float("inf"), one.numel())
     entries, largest = 0, 0.0
     for a, b in zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True):
         bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
@@ -161,7 +162,7 @@ def compare(name: str, one: Tensor, other: Tensor) -> TensorDifference:
             entries += count
             by = (a[differ].float() - b[differ].float()).abs().nan_to_num(float("inf"))
             largest = max(largest, float(by.max()))
-    return TensorDifference(name, entries, largest)
+    return TensorDifference(name, entries, largest, one.numel())
 
 
 def _prompts(source: Source, length: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,12 @@ def read_metadata(folder: Path) -> Metadata:
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: not a complete Megatron checkpoint ({name} is missing)")
+    try:
+        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/metadata.json: not JSON that names a sharded_backend") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{folder}/metadata.json: sharded_backend {backend!r} is not read; only torch_dist is")
     try:
         found = _Metadata(io.BytesIO((folder / ".metadata").read_bytes())).load()
     except Exception as error:  # a broken pickle may raise anything

@@ -63,10 +63,9 @@ def objects(state: dict[str, dict[str, Any]]) -> Iterator[ShardedObject]:
 
 def pieces(described: Described, value: Tensor) -> list[ShardedTensor]:
     """A parameter's shard as the tensors that the checkpoint holds of it: itself, or the parts it is split into."""
-    filled = dataclasses.replace(described, data=value)
-    if isinstance(filled, ShardedTensor):
-        return [dataclasses.replace(filled, dtype=value.dtype)]
-    return list(_leaves(filled.build()))
+    if isinstance(described, ShardedTensor):
+        return [dataclasses.replace(described, data=value, dtype=value.dtype)]
+    return list(_leaves(dataclasses.replace(described, data=value).build()))
 
 
 def whole(described: Described, read: Callable[[ShardedTensor], Tensor]) -> Tensor:
