@@ -95,12 +95,9 @@ class _Table:
 def _tensor_item(piece: ShardedTensor) -> WriteItem:
     """A piece in the terms of `torch.distributed.checkpoint`: the axes that Megatron prepends (the layer) are of size 1."""
     sizes = torch.Size((1,) * piece.prepend_axis_num + tuple(piece.local_shape))
-    offsets = torch.Size(piece.global_offset)
-    return WriteItem(
-        MetadataIndex(piece.key, offsets),
-        WriteItemType.SHARD,
-        tensor_data=TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(piece.dtype), torch.Size(piece.global_shape)),
-    )
+    chunk = ChunkStorageMetadata(torch.Size(piece.global_offset), sizes)
+    data = TensorWriteData(chunk, TensorProperties(piece.dtype), torch.Size(piece.global_shape))
+    return WriteItem(MetadataIndex(piece.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _Streaming(SaveShardedStrategy):
