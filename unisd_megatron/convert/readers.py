@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,12 +62,17 @@ def _stored(folder: HfFolder, name: str, tied: bool) -> Tensor:
         return folder.tensor(name)
     for fused, parts in (("experts.gate_up_proj", ("gate_proj", "up_proj")), ("experts.down_proj", ("down_proj",))):
         if name.endswith(fused):
-            stem, experts = name.removesuffix(fused.split(".")[1]), []
+            stem = name.removesuffix(fused.split(".")[1])
+            experts: list[Tensor] = []
             while f"{stem}{len(experts)}.{parts[0]}.weight" in folder.names():
                 here = f"{stem}{len(experts)}."
                 experts.append(torch.cat([folder.tensor(f"{here}{part}.weight") for part in parts]))
             return torch.stack(experts)
     raise CheckpointError(f"{folder.path}: tensor {name}, which transformers asks for, is missing")
+
+
+def _hear_batch_first(hear: Callable[[int, Tensor], None], number: int, states: Tensor) -> None:
+    hear(number, states.transpose(0, 1).cpu())
 
 
 def read_with_megatron(
@@ -97,7 +103,7 @@ def read_with_megatron(
     for name, part in parts.items():
         stream_parameters(part, name, fill)
     for number, part in enumerate((model.embedding, *model.decoder.layers)):
-        listen(part, lambda states, number=number: hear(number, states.transpose(0, 1).cpu()))
+        listen(part, partial(_hear_batch_first, hear, number))
     rows, length = tokens.shape
     everywhere = torch.cartesian_prod(torch.arange(rows), torch.arange(length)).to(grid.device)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -21,7 +21,7 @@ from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.model import Stage, build
 from unisd_megatron.mcore.platform import Platform
 
-Described = ShardedTensor | ShardedTensorFactory
+Described: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
 
 def empty_stage(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> Stage:

@@ -144,8 +144,9 @@ class _Writer(FileSystemWriter):
                 content = self._table.content(item)
                 try:
                     _put(content, file)
-                except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a stream that takes no more
-                    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                except (OSError, RuntimeError) as error:  # torch complains of the position, on top of the system's error
+                    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                    reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
                     raise CheckFailed(f"{file.name}: could not be written at tensor {item.index.fqn} ({reason})") from error
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(file_name, start, length)))

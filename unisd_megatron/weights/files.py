@@ -54,8 +54,9 @@ def read_header(file: Path) -> dict[str, Entry]:
             content = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _unique(pairs, file))
         content.pop("__metadata__", None)
         entries = {
-            name: Entry(file, one["dtype"], tuple(one["shape"]), *(8 + length + int(end) for end in one["data_offsets"]))
+            name: Entry(file, one["dtype"], tuple(one["shape"]), 8 + length + int(start), 8 + length + int(stop))
             for name, one in content.items()
+            for start, stop in (one["data_offsets"],)
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
