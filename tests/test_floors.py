@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": set(),
     "mcore": {"losses", "mechanisms", "families"},
     "weights": {"families"},
-    "rollout": set(),
+    "rollout": {"families"},
     "convert": {"data", "families", "mcore", "weights"},
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
@@ -37,7 +37,7 @@ ONLY_IN = {
     "vllm": ("rollout/",),
     "argparse": ("cli/", "evaluate/model.py"),
     "datasets": ("data/task.py",),
-    "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py"),
+    "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py", "weights/internlm3.py"),
 }
 FLOORS_WITHOUT_MEGATRON = [
     "config",

@@ -47,7 +47,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "config without a dimension": (config(hidden_size=None), ["hidden_size is None"]),
     "config with a word for a dimension": (config(num_hidden_layers="four"), ["num_hidden_layers is 'four'"]),
     "config with no heads": (config(num_attention_heads=0), ["num_attention_heads is 0"]),
-    "sliding window": (config(use_sliding_window=True), ["use_sliding_window", "full attention only"]),
+    "sliding window": (config(use_sliding_window=True), ["use_sliding_window is True", "without it"]),
     "another activation": (config(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
     "another RoPE": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["'yarn'"]),
     "generation config": (text("generation_config.json", "nothing"), ["generation_config.json", "not JSON"]),

@@ -16,6 +16,7 @@ from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, auxiliary
 from unisd_megatron.data.example import Example
 from unisd_megatron.data.tokens import encode_examples, encode_prompt
 from unisd_megatron.errors import DataError
+from unisd_megatron.families import FAMILIES
 from unisd_megatron.weights.tiny import EOS, EOS_ID, PAD, PAD_ID, byte_tokenizer, write_tiny
 
 TEMPLATE = (
@@ -33,7 +34,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The byte tokenizer as a user meets it: from the folder of a tiny model."""
     folder = tmp_path_factory.mktemp("tokens") / request.param

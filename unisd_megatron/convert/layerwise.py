@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Fill = Callable[[str], Tensor]
+Fill = Callable[[str, Tensor], Tensor]
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def parameters_nowhere() -> Iterator[None]:
 def stream_parameters(part: nn.Module, prefix: str, fill: Fill) -> None:
     """From now on `part` gets its parameters when it is called, and gives them back when it is done.
 
-    Args: fill: the tensor of a parameter, by its name behind `prefix`, in the dtype and on the device of the computation.
+    Args: fill: the tensor of a parameter, from its name behind `prefix` and its shape and dtype (on the `meta` device).
     """
     part.register_forward_pre_hook(partial(_take, prefix, fill))
     part.register_forward_hook(_give_back)
@@ -44,9 +44,7 @@ def _take(prefix: str, fill: Fill, part: nn.Module, _: Any) -> None:
     for place, module in part.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                tensor = fill(".".join(word for word in (prefix, place, name) if word))
-                if tensor.shape != parameter.shape:
-                    raise ValueError(f"{prefix} {place} {name}: {tuple(tensor.shape)} for {tuple(parameter.shape)}")
+                tensor = fill(".".join(word for word in (prefix, place, name) if word), parameter)
                 module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 

@@ -14,11 +14,11 @@ from unisd_megatron.config import Layout
 from unisd_megatron.convert.layerwise import listen, parameters_nowhere, stream_parameters
 from unisd_megatron.convert.source import Source
 from unisd_megatron.convert.weights import Weights
-from unisd_megatron.errors import CheckpointError
+from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule, skeleton
 from unisd_megatron.mcore.platform import Platform
-from unisd_megatron.weights.hf import HfFolder
+from unisd_megatron.weights import internlm3
 from unisd_megatron.weights.stream import EMBEDDING, HEAD, by_name
 
 
@@ -35,13 +35,19 @@ def read_with_transformers(source: Source, tokens: Tensor, dtype: torch.dtype) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = source.folder()
+    internlm3.register()
     config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     with parameters_nowhere():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how).eval()
     body, hidden = model.model, []
 
-    def fill(name: str) -> Tensor:
-        return _stored(folder, name, source.arch.tied).to(dtype)
+    def fill(name: str, like: Tensor) -> Tensor:
+        tensor = torch.empty(like.shape, dtype=dtype)
+        for stored, part in published([(name, tensor)]).items():
+            tied = source.arch.tied and stored == "lm_head.weight"
+            part.copy_(folder.tensor("model.embed_tokens.weight" if tied else stored))
+        return tensor
 
     parts = {"model.embed_tokens": body.embed_tokens, "model.norm": body.norm, "lm_head": model.lm_head}
     parts |= {f"model.layers.{i}": layer for i, layer in enumerate(body.layers)}
@@ -52,23 +58,6 @@ def read_with_transformers(source: Source, tokens: Tensor, dtype: torch.dtype) -
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits
     return Heard(hidden, logits)
-
-
-def _stored(folder: HfFolder, name: str, tied: bool) -> Tensor:
-    """A parameter of `transformers`, from the tensors it is saved as: experts are one parameter there, and many on disk."""
-    if tied and name == "lm_head.weight":
-        name = "model.embed_tokens.weight"
-    if name in folder.names():
-        return folder.tensor(name)
-    for fused, parts in (("experts.gate_up_proj", ("gate_proj", "up_proj")), ("experts.down_proj", ("down_proj",))):
-        if name.endswith(fused):
-            stem = name.removesuffix(fused.split(".")[1])
-            experts: list[Tensor] = []
-            while f"{stem}{len(experts)}.{parts[0]}.weight" in folder.names():
-                here = f"{stem}{len(experts)}."
-                experts.append(torch.cat([folder.tensor(f"{here}{part}.weight") for part in parts]))
-            return torch.stack(experts)
-    raise CheckpointError(f"{folder.path}: tensor {name}, which transformers asks for, is missing")
 
 
 def _hear_batch_first(hear: Callable[[int, Tensor], None], number: int, states: Tensor) -> None:
@@ -94,7 +83,7 @@ def read_with_megatron(
     stage = skeleton.empty_stage(source.arch, Layout(bf16=dtype is torch.bfloat16), platform, grid)
     (model,) = stage.chunks
 
-    def fill(name: str) -> Tensor:
+    def fill(name: str, _: Tensor | None = None) -> Tensor:
         mapping = mappings[name]
         return mapping.shard(weights.tensors(mapping), 1, 0).to(grid.device, dtype)
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from unisd_megatron.config import Layout
-from unisd_megatron.convert.shapes import expected_shape
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.families import Arch, Mapping, family_of
 from unisd_megatron.grid import Grid
@@ -117,10 +116,10 @@ def _check_folder(folder: HfFolder, arch: Arch, mappings: list[Mapping]) -> None
     names = [name for mapping in mappings for name in mapping.hf]
     folder.refuse_others(set(names), arch.tied)
     folder.require(names)
-    for name in names:
-        shape = expected_shape(name, arch)
-        if shape is not None and folder.shape(name) != shape:
-            raise CheckpointError(f"{folder.file(name)}: {name} is {folder.shape(name)}; config.json says {shape}")
+    for mapping in mappings:
+        for name, shape in zip(mapping.hf, mapping.shapes, strict=True):
+            if folder.shape(name) != shape:
+                raise CheckpointError(f"{folder.file(name)}: {name} is {folder.shape(name)}; config.json says {shape}")
 
 
 def load_stage(source: Source, layout: Layout, platform: Platform, grid: Grid) -> Stage:

@@ -1,28 +1,21 @@
-"""What a model family states: its dimensions, and how its Hugging Face tensors become Megatron shards. No Megatron here.
-
-A `Mapping` knows both directions, so that import, export, weight sync and gradient comparison are one list. Megatron
-names are those of the local layer spec, with global layer numbers.
-"""
+"""What a model family states: its dimensions and switches, and its weight map. No Megatron here."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as AbstractMapping
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from unisd_megatron.errors import ConfigError
+from unisd_megatron.families.mapping import Mapping
 
 VOCAB_DIVISOR = 128
 """The vocabulary is padded to a multiple of this whatever the layout, so that a checkpoint loads at any TP."""
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class Llama3Scaling:
     """Llama-3.1's frequency scaling (`rope_type: llama3`)."""
 
     factor: float
@@ -32,32 +25,62 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: frequency i of d/2 is `base ** (-2 i / d) / linear_factor`, or what Llama-3.1's scaling makes of it."""
+
+    base: float
+    linear_factor: float = 1.0
+    llama3: Llama3Scaling | None = None
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """Layers that look back a fixed number of tokens, among others that see everything."""
+
+    window: int  # keys that a query sees, its own among them
+    rope: Rope  # of the local layers
+    layers: tuple[bool, ...]  # True where local
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of every feed-forward block."""
+
+    count: int
+    per_token: int
+    renormalized: bool  # the weights of a token's experts sum to 1; else they are their shares of the softmax over all
+
+
+@dataclass(frozen=True)
 class Arch:
     """Dimensions and switches of a decoder-only transformer."""
 
     family: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of one expert, where there are experts
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     vocab_size: int
     max_position: int
     norm_epsilon: float
-    rope_base: float
-    rope_scaling: RopeScaling | None
-    qkv_bias: bool
+    rope: Rope
     tied: bool
+    qkv_bias: bool = False
+    linear_bias: bool = False  # on the output projection of attention and in the feed-forward block
+    qk_norm: bool = False  # RMSNorm over the head dimension of queries and keys
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gate
+    zero_centered_norms: bool = False  # norms multiply by 1 + weight
+    sandwich_norms: bool = False  # norms behind attention and feed-forward too, before the residual is added
+    embedding_scale: float | None = None  # rounded to the weights' dtype, then multiplied
+    attention_scale: float | None = None  # of the logits; None: head_dim ** -0.5
+    local: LocalAttention | None = None
+    experts: Experts | None = None
 
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
-
-    @property
-    def qkv_rows(self) -> tuple[int, int, int]:
-        """Rows of the query, key and value parts of one query group."""
-        return self.num_attention_heads // self.num_query_groups * self.head_dim, self.head_dim, self.head_dim
 
     def check_layout(self, tensor: int, pipeline: int, name: str) -> None:
         """Raises `ConfigError` where a layout does not divide the model `name`; pipeline counts virtual stages too."""
@@ -81,106 +104,10 @@ class Arch:
             )
 
 
-class Mapping(ABC):
-    """One Megatron parameter and the Hugging Face tensors it is made of."""
-
-    megatron: str
-    hf: tuple[str, ...]
-
-    @abstractmethod
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        """This rank's shard of the Megatron parameter, from full tensors in the order of `hf`."""
-
-    @abstractmethod
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The full tensors in the order of `hf`, from the shards of all tensor-parallel ranks in order."""
-
-
-@dataclass(frozen=True)
-class Replicated(Mapping):
-    """The same on every tensor-parallel rank (norms)."""
-
-    megatron: str
-    hf: tuple[str, ...]
-
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        return tensors[0]
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [shards[0]]
-
-
-@dataclass(frozen=True)
-class Split(Mapping):
-    """Cut along one dimension."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    dim: int
-
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        return tensors[0].chunk(size, self.dim)[rank]
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards), self.dim)]
-
-
-@dataclass(frozen=True)
-class Vocabulary(Mapping):
-    """Rows are vocabulary entries, padded with zeros up to `padded`; the padding is trimmed on the way out."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    vocab_size: int
-    padded: int
-
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        (full,) = tensors
-        rows = self.padded // size
-        part = full[rank * rows : (rank + 1) * rows]
-        return torch.cat([part, part.new_zeros(rows - part.shape[0], full.shape[1])])
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards))[: self.vocab_size]]
-
-
-@dataclass(frozen=True)
-class GateUp(Mapping):
-    """Gate and up projections: each rank holds its part of the gate above its part of the up projection."""
-
-    megatron: str
-    hf: tuple[str, ...]
-
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
-
-
-@dataclass(frozen=True)
-class QKV(Mapping):
-    """Query, key and value rows, interleaved by query group: `[q of group 0, k 0, v 0, q of group 1, ...]`."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    groups: int
-    rows: tuple[int, int, int]
-
-    def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        parts = [tensor.reshape(self.groups, rows, *tensor.shape[1:]) for tensor, rows in zip(tensors, self.rows, strict=True)]
-        return torch.cat(parts, 1).chunk(size)[rank].flatten(0, 1)
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        full = torch.cat(list(shards))
-        grouped = full.reshape(self.groups, sum(self.rows), *full.shape[1:])
-        return [part.flatten(0, 1) for part in grouped.split(self.rows, 1)]
-
-
 class Family(ABC):
     """One model family: one file, one line in `FAMILIES`."""
 
+    name: ClassVar[str]  # what `--family` calls it
     model_type: ClassVar[str]  # `model_type` in config.json
 
     @abstractmethod
@@ -194,33 +121,3 @@ class Family(ABC):
     @abstractmethod
     def tiny_config(self) -> dict[str, Any]:
         """A `config.json` of a tiny model with the family's features switched on, for tests and demos."""
-
-
-def decoder_mappings(arch: Arch) -> list[Mapping]:
-    """The weight map shared by Llama-shaped decoders (Llama, Qwen2)."""
-    out: list[Mapping] = [
-        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), arch.vocab_size, arch.padded_vocab_size)
-    ]
-    for i in range(arch.num_layers):
-        to, of = f"decoder.layers.{i}.", f"model.layers.{i}."
-        qkv = tuple(of + f"self_attn.{part}_proj." for part in "qkv")
-        out += [
-            Replicated(to + "input_layernorm.weight", (of + "input_layernorm.weight",)),
-            *(
-                QKV(
-                    to + f"self_attention.linear_qkv.{kind}",
-                    tuple(name + kind for name in qkv),
-                    arch.num_query_groups,
-                    arch.qkv_rows,
-                )
-                for kind in (("weight", "bias") if arch.qkv_bias else ("weight",))
-            ),
-            Split(to + "self_attention.linear_proj.weight", (of + "self_attn.o_proj.weight",), dim=1),
-            Replicated(to + "pre_mlp_layernorm.weight", (of + "post_attention_layernorm.weight",)),
-            GateUp(to + "mlp.linear_fc1.weight", (of + "mlp.gate_proj.weight", of + "mlp.up_proj.weight")),
-            Split(to + "mlp.linear_fc2.weight", (of + "mlp.down_proj.weight",), dim=1),
-        ]
-    out.append(Replicated("decoder.final_layernorm.weight", ("model.norm.weight",)))
-    if not arch.tied:
-        out.append(Vocabulary("output_layer.weight", ("lm_head.weight",), arch.vocab_size, arch.padded_vocab_size))
-    return out

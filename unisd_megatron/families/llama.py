@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping as AbstractMapping
 from typing import Any
 
-from unisd_megatron.errors import ConfigError
-from unisd_megatron.families.base import Arch, Family, Mapping, decoder_mappings
-from unisd_megatron.families.reading import base_arch, rope_settings
+from unisd_megatron.families.base import Arch, Family
+from unisd_megatron.families.decoder import attention, decoder, feed_forward, norm
+from unisd_megatron.families.mapping import Mapping
+from unisd_megatron.families.reading import read_arch, read_rope, refuse
 
 
 class Llama(Family):
-    model_type = "llama"
+    name = model_type = "llama"
 
     def arch(self, config: AbstractMapping[str, Any]) -> Arch:
-        for name in ("attention_bias", "mlp_bias"):
-            if config.get(name):
-                raise ConfigError(f"config.json: {name} is true; this llama model file covers models without it")
-        rope = rope_settings(config)
-        if rope.type not in ("default", "llama3"):
-            raise ConfigError(f"config.json: rope type {rope.type!r} is not covered for llama; use default or llama3")
-        return base_arch(config, family="llama", rope=rope, qkv_bias=False)
+        refuse(config, self.name, "attention_bias", "mlp_bias")
+        return read_arch(config, family=self.name, rope=read_rope(config, self.name, "default", "llama3"))
 
     def mappings(self, arch: Arch) -> list[Mapping]:
-        return decoder_mappings(arch)
+        return decoder(
+            arch,
+            lambda i: [
+                norm(arch, i, "input_layernorm", "input_layernorm"),
+                *attention(arch, i),
+                norm(arch, i, "pre_mlp_layernorm", "post_attention_layernorm"),
+                *feed_forward(arch, i),
+            ],
+        )
 
     def tiny_config(self) -> dict[str, Any]:
         return {
@@ -34,6 +38,7 @@ class Llama(Family):
             "intermediate_size": 128,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
+            "head_dim": 32,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "rope_parameters": {

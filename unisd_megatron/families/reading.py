@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.families.base import Arch, RopeScaling
-
-
-@dataclass(frozen=True)
-class Rope:
-    """RoPE as a config states it."""
-
-    type: str
-    base: float
-    scaling: RopeScaling | None
+from unisd_megatron.families.base import Arch, Llama3Scaling, Rope
 
 
 def required(config: Mapping[str, Any], name: str) -> Any:
@@ -35,17 +25,35 @@ def whole(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     return value
 
 
-def rope_settings(config: Mapping[str, Any]) -> Rope:
-    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+def refuse(config: Mapping[str, Any], family: str, *names: str) -> None:
+    """Raises `ConfigError` for the first switch of the config that is on and that the family file does not cover."""
+    for name in names:
+        if config.get(name):
+            raise ConfigError(f"config.json: {name} is {config[name]!r}; this {family} model file covers models without it")
+
+
+def read_rope(config: Mapping[str, Any], family: str, *covered: str) -> Rope:
+    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
+
+    Raises `ConfigError` for a type that is not among those `covered`. `dynamic` is the default up to
+    `max_position_embeddings`, and no sequence here is longer.
+    """
     stated = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return make_rope(stated, float(stated.get("rope_theta") or config.get("rope_theta") or 10000.0), family, *covered)
+
+
+def make_rope(stated: Mapping[str, Any], base: float, family: str, *covered: str) -> Rope:
+    """The RoPE that a `rope_scaling` states; see `read_rope`."""
     kind = stated.get("rope_type", stated.get("type", "default"))
-    base = float(stated.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if kind not in covered:
+        raise ConfigError(f"config.json: rope type {kind!r} is not covered for {family}; use {' or '.join(covered)}")
+    if kind == "linear":
+        return Rope(base, linear_factor=float(required(stated, "factor")))
     if kind != "llama3":
-        return Rope(kind, base, None)
+        return Rope(base)
     return Rope(
-        kind,
         base,
-        RopeScaling(
+        llama3=Llama3Scaling(
             factor=float(required(stated, "factor")),
             low_freq_factor=float(required(stated, "low_freq_factor")),
             high_freq_factor=float(required(stated, "high_freq_factor")),
@@ -54,25 +62,26 @@ def rope_settings(config: Mapping[str, Any]) -> Rope:
     )
 
 
-def base_arch(config: Mapping[str, Any], *, family: str, rope: Rope, qkv_bias: bool) -> Arch:
-    """The dimensions that Llama-shaped configs share."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act {config['hidden_act']!r} is not covered; only silu is")
+def read_arch(config: Mapping[str, Any], *, family: str, rope: Rope, ffn: str = "intermediate_size", **switches: Any) -> Arch:
+    """The dimensions that all families state alike, and the `switches` of this one. ffn: the key of that dimension."""
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    covered = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[switches.get("activation", "silu")]
+    if activation != covered:
+        raise ConfigError(f"config.json: hidden_act {activation!r} is not covered for {family}; only {covered} is")
     heads = whole(config, "num_attention_heads")
     hidden = whole(config, "hidden_size")
     return Arch(
         family=family,
         num_layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=whole(config, "intermediate_size"),
+        ffn_hidden_size=whole(config, ffn),
         num_attention_heads=heads,
         num_query_groups=whole(config, "num_key_value_heads", heads),
         head_dim=whole(config, "head_dim", hidden // heads),
         vocab_size=whole(config, "vocab_size"),
         max_position=whole(config, "max_position_embeddings"),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_base=rope.base,
-        rope_scaling=rope.scaling,
-        qkv_bias=qkv_bias,
+        rope=rope,
         tied=bool(config.get("tie_word_embeddings", False)),
+        **switches,
     )

@@ -1,4 +1,4 @@
-"""Attention of packed rows for the local layer spec, which has none: each segment by itself, with Megatron's own attention."""
+"""Attention of packed rows and of sliding windows for the local layer spec: each segment by itself, with Megatron's own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from unisd_megatron.batch import View
 from unisd_megatron.losses.collectives import gather_rows
+from unisd_megatron.mcore.rope import GLOBAL, LOCAL
 
 
 class SegmentAttention(DotProductAttention):
@@ -21,13 +24,16 @@ class SegmentAttention(DotProductAttention):
 
     Costs the sum of the segments' squares, like the kernels of Transformer Engine and flash-attn, not the square of the row.
     Under context parallel, keys and values of all ranks are gathered: exact and simple, for where Transformer Engine's ring
-    is not there.
+    is not there. In a layer with a window, a query sees the `config.window_size[0]` tokens before it and itself.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1  # Megatron's class refuses more, since it would not gather
-        super().__init__(alone, *args, **kwargs)
+        alone.window_size = None  # and takes a window's mask to be that of a whole row
+        super().__init__(alone, layer_number, *args, **kwargs)
+        local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self._back = config.window_size[0] if local else None
 
     def forward(
         self,
@@ -40,6 +46,9 @@ class SegmentAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         if packed_seq_params is None:
+            if self._back is not None:
+                everywhere = torch.arange(len(query), device=query.device)
+                attention_mask = _hidden(everywhere, everywhere, self._back)
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         group = parallel_state.get_context_parallel_group()
         ranks, rank = group.size(), group.rank()
@@ -49,8 +58,11 @@ class SegmentAttention(DotProductAttention):
         keys, values = (self._whole(x, mine, group) for x in (key, value))
         out = []
         for length, *qkv in zip(lengths, queries, keys, values, strict=True):
-            hidden_from = None if ranks == 1 else _later_positions(length, ranks, rank, query.device)
-            out.append(super().forward(*qkv, hidden_from, attn_mask_type).squeeze(1))
+            mask = None
+            if ranks > 1 or self._back is not None:
+                everywhere = torch.arange(length, device=query.device)
+                mask = _hidden(_part_of(everywhere, ranks, rank), everywhere, self._back)
+            out.append(super().forward(*qkv, mask, attn_mask_type).squeeze(1))
         return torch.cat(out)
 
     def _whole(self, x: Tensor, mine: list[int], group: torch.distributed.ProcessGroup) -> list[Tensor]:
@@ -66,12 +78,29 @@ class SegmentAttention(DotProductAttention):
         return whole
 
 
-def _later_positions(length: int, ranks: int, rank: int, device: torch.device) -> Tensor:
-    """Attention mask `[1, 1, mine, length]`, True where a key lies after this rank's query."""
-    everywhere = torch.arange(length, device=device)
-    chunks = everywhere.chunk(2 * ranks)
-    queries = torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
-    return (everywhere[None] > queries[:, None])[None, None]
+def _part_of(positions: Tensor, ranks: int, rank: int) -> Tensor:
+    """This context-parallel rank's part of a segment: of 2 cp chunks the rank-th, and the rank-th from the end."""
+    if ranks == 1:
+        return positions
+    chunks = positions.chunk(2 * ranks)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+
+
+def _hidden(queries: Tensor, keys: Tensor, back: int | None) -> Tensor:
+    """Attention mask `[1, 1, queries, keys]` from positions, True where a key lies after the query or too far back."""
+    distance = queries[:, None] - keys[None]
+    hidden = distance < 0 if back is None else (distance < 0) | (distance > back)
+    return hidden[None, None]
+
+
+class LocalGlobalSelfAttention(SelfAttention):
+    """Self-attention of a model with local layers: takes its layer's part of what `LocalAndGlobalRope` made."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        kwargs["rotary_pos_emb"] = kwargs["rotary_pos_emb"][LOCAL if local else GLOBAL]
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
 def packed_seq_params(view: View) -> PackedSeqParams | None:

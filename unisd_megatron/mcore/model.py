@@ -7,22 +7,20 @@ keeps the loss room free to select completion rows and to walk the vocabulary in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from unisd_megatron.config import Layout
 from unisd_megatron.families import Arch
 from unisd_megatron.grid import Grid
-from unisd_megatron.mcore.attention import SegmentAttention
-from unisd_megatron.mcore.norm import SequenceParallelRMSNorm
+from unisd_megatron.mcore.layers import layer_spec
 from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.rope import rotary_embedding
 
 # Transformer Engine folds each norm into the linear layer behind it; one name for both specs.
 _FUSED_NORMS = {
@@ -102,27 +100,27 @@ def _chunk(
     """Chunk `number` of `count` (None: the only one)."""
     model = HiddenStateModel(
         config,
-        _layer_spec(config, platform, number),
+        layer_spec(arch, config, platform, number),
         vocab_size=arch.padded_vocab_size,
         max_sequence_length=arch.max_position,
         pre_process=grid.is_first_stage and (number or 0) == 0,
         post_process=grid.is_last_stage and (number or 0) == count - 1,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
-        rotary_base=arch.rope_base,
         vp_stage=number,
     )
-    if arch.rope_scaling is not None:
-        scaling, rope = arch.rope_scaling, model.rotary_pos_emb
-        # Megatron's own switch fixes every number but the factor to those of Llama-3.1-8B.
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position,
-        )
+    model.rotary_pos_emb = rotary_embedding(arch, config)
+    if arch.embedding_scale is not None and model.pre_process:
+        model.embedding.register_forward_hook(partial(_scaled, arch.embedding_scale))
     return model.to(platform.device) if platform.device.type == "cuda" else model
+
+
+def _scaled(scale: float, module: torch.nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+    return embedded * torch.tensor(scale, dtype=embedded.dtype, device=embedded.device)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> TransformerConfig:
@@ -139,9 +137,13 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        activation_func=torch.nn.functional.silu if arch.activation == "silu" else _gelu_tanh,
+        add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,  # also has the gradients of these norms summed over the heads of all ranks
+        softmax_scale=arch.attention_scale,
+        **_of_local_layers(arch),
+        **_of_experts(arch),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -167,7 +169,7 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         perform_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and arch.activation == "silu",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=on_gpu,
@@ -177,15 +179,21 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
     )
 
 
-def _layer_spec(config: TransformerConfig, platform: Platform, number: int | None) -> ModuleSpec | TransformerBlockSubmodules:
-    # In fp32 Transformer Engine has no attention for packed rows.
-    if platform.layer_spec == "transformer_engine" and config.bf16:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+def _of_local_layers(arch: Arch) -> dict[str, Any]:
+    if arch.local is None:
+        return {}
+    return {"window_size": (arch.local.window - 1, 0), "window_attn_skip_freq": [int(local) for local in arch.local.layers]}
 
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SegmentAttention
-    spec.submodules.input_layernorm = SequenceParallelRMSNorm
-    spec.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=number)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=SequenceParallelRMSNorm)
+
+def _of_experts(arch: Arch) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    return {
+        "num_moe_experts": arch.experts.count,
+        "moe_ffn_hidden_size": arch.ffn_hidden_size,
+        "moe_router_topk": arch.experts.per_token,
+        # Softmax over the chosen alone is the softmax over all, renormalised.
+        "moe_router_pre_softmax": not arch.experts.renormalized,
+        "moe_router_load_balancing_type": "none",  # the loss is the method's, nothing else
+        "moe_aux_loss_coeff": 0.0,
+    }

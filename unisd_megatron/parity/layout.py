@@ -21,7 +21,8 @@ from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, Prompts
 from unisd_megatron.config import Layout, Optimization, resolve
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import broadcast_json
-from unisd_megatron.families import FAMILIES
+from unisd_megatron.families import family_named
+from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.model import Stage, build
 from unisd_megatron.mcore.platform import Platform
@@ -58,7 +59,7 @@ class InMemory:
     path = "the tiny model"
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors = dict(model.state_dict())
+        self._tensors = published(model.state_dict().items())
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -70,8 +71,8 @@ class Rig:
     def __init__(self, layout: Layout, platform: Platform, grid: Grid, family: str = "qwen2", path: str = "fused") -> None:
         self.layout, self.grid, self.path = layout, grid, path
         self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
-        self.arch = FAMILIES[family].arch(self.references[0].config.to_dict())
-        self.mappings = FAMILIES[family].mappings(self.arch)
+        self.arch = family_named(family).arch(self.references[0].config.to_dict())
+        self.mappings = family_named(family).mappings(self.arch)
         self.arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, f"the tiny {family}")
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
@@ -113,7 +114,7 @@ class Rig:
         loss = oracle.step_loss(self._heard, self.samples, settings, mask_truncated=True)
         parameters = dict(self.references[0].named_parameters())
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-        return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
+        return float(loss.detach()), published(zip(parameters, gradients, strict=True))
 
 
 def make_samples() -> list[Sample]:
@@ -139,7 +140,7 @@ def cases(path: str) -> Iterator[tuple[str, LossSettings]]:
     vanilla = _settings("vanilla", path)
     yield "reverse KL", dataclasses.replace(vanilla, alpha=1.0)
     yield "JSD 0.3", dataclasses.replace(vanilla, alpha=0.3)
-    yield "clip 1.8", dataclasses.replace(vanilla, token_clip=1.8)
+    yield "clip 2", dataclasses.replace(vanilla, token_clip=2.0)
     yield "unisd_star, JSD 0.5, clip 0.2", dataclasses.replace(_settings("unisd_star", path), alpha=0.5, token_clip=0.2)
     yield "agreement_seq range", dataclasses.replace(_settings("agreement_seq_random", path), agreement_stat="range", gamma=0.5)
     yield "agreement_tok range", dataclasses.replace(_settings("agreement_tok_random", path), agreement_stat="range")

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from unisd_megatron.batch import Completion
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling
 
@@ -44,7 +45,7 @@ class TransformersEngine:
         self.model = _load(folder, dtype).to(grid.device).eval()
         # A checkpoint's own generation defaults (repetition penalty, top-k, ...) would act on the scores before ours.
         self.model.generation_config = GenerationConfig()
-        self._parameters = dict(self.model.named_parameters())
+        self._parameters = published(self.model.named_parameters())
 
     @torch.no_grad()
     def refresh(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:

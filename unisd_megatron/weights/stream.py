@@ -38,19 +38,18 @@ def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], fold
     for name, shard in shards:
         mapping = table[name]
         tensors = [folder.tensor(hf) for hf in mapping.hf]
-        check_shapes(mapping, tensors, shard.shape, tensor_axis.size, folder.path)
+        check_shapes(mapping, tensors, folder.path)
         shard.copy_(mapping.shard(tensors, tensor_axis.size, tensor_axis.rank))
 
 
-def check_shapes(mapping: Mapping, tensors: Sequence[Tensor], shard: Sequence[int], size: int, where: object) -> None:
-    """Raises `CheckpointError` unless full tensors are what shards of this shape make over `size` tensor-parallel ranks.
+def check_shapes(mapping: Mapping, tensors: Sequence[Tensor], where: object) -> None:
+    """Raises `CheckpointError` unless full tensors have the shapes of the model.
 
     Compared whole: padding or cutting a tensor into shards could hide that it is too short or too long.
     """
-    expected = mapping.join([torch.empty(shard, device="meta")] * size)
-    for hf, tensor, like in zip(mapping.hf, tensors, expected, strict=True):
-        if tensor.shape != like.shape:
-            raise CheckpointError(f"{where}: {hf} is {tuple(tensor.shape)}; config.json says {tuple(like.shape)}")
+    for name, tensor, shape in zip(mapping.hf, tensors, mapping.shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{where}: {name} is {tuple(tensor.shape)}; config.json says {shape}")
 
 
 @torch.no_grad()

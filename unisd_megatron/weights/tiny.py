@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from unisd_megatron.families import FAMILIES
+from unisd_megatron.families import family_named
+from unisd_megatron.weights import internlm3
 from unisd_megatron.weights.hf import require_new_folder
 
 # Under these names AutoTokenizer loads what was saved: beside a `qwen2` config it makes a Qwen2Tokenizer of any folder,
@@ -21,19 +22,26 @@ VOCAB_SIZE = 300  # wider than the tokenizer's 258 entries, and not a multiple o
 
 
 def tiny_model(family: str, seed: int) -> PreTrainedModel:
-    """A random fp32 model of the family, made by `transformers` itself; biases and norms are random too."""
-    settings = dict(FAMILIES[family].tiny_config())
+    """A random fp32 model of the family, made by `transformers` itself; biases and norms are random too.
+
+    Raises `ConfigError` for a family that is not supported.
+    """
+    described = family_named(family)
+    settings = dict(described.tiny_config())
+    internlm3.register()
     config = AutoConfig.for_model(
         settings.pop("model_type"), vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID, **settings
     )
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float()  # grouped products have no fp64
     generator = torch.Generator().manual_seed(seed)
+    spread = config.hidden_size**-0.5  # logits of a few units, whatever the size
+    lowest = -0.5 if described.arch(config.to_dict()).zero_centered_norms else 0.5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
             else:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+                parameter.copy_(lowest + torch.rand(parameter.shape, generator=generator))
     return model
 
 
@@ -49,6 +57,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_tiny(family: str, folder: Path, seed: int) -> None:
     """Writes the model and the tokenizer; complete or not there. `CheckpointError` if the folder exists."""
+    family_named(family)
     require_new_folder(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""The published configurations give the published models: parameter counts, tensor names and shapes, without allocating."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration, PreTrainedModel
+
+from unisd_megatron.cli import main
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.families import FAMILIES, family_of
+from unisd_megatron.families.published import published
+from unisd_megatron.weights import internlm3
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# Parameters of the safetensors on the hub, a tied head counted once; gemma-3 from 4B on with its image encoder.
+PUBLISHED = {
+    "Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen2.5-32B-Instruct": 32_763_876_352,
+    "Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Llama-3.1-405B-Instruct": 405_853_388_800,
+    "gemma-3-1b-it": 999_885_952,
+    "gemma-3-4b-it": 4_300_079_472,
+    "gemma-3-12b-it": 12_187_325_040,
+    "gemma-3-27b-it": 27_432_406_640,
+    "internlm3-8b-instruct": 8_804_241_408,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def on_meta(config: dict[str, Any]) -> PreTrainedModel:
+    """The `transformers` model of a config, without memory."""
+    internlm3.register()
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    known = AutoConfig.for_model(config["model_type"], **settings)
+    with torch.device("meta"):
+        return Gemma3ForConditionalGeneration(known) if "vision_config" in config else AutoModelForCausalLM.from_config(known)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_published_model(name: str) -> None:
+    config = config_of(name)
+    reference = on_meta(config)
+    assert sum(parameter.numel() for parameter in reference.parameters()) == PUBLISHED[name]
+    text = config.get("text_config", config)
+    family = family_of(text)
+    mappings = family.mappings(family.arch(text))
+    shapes = {hf: shape for mapping in mappings for hf, shape in zip(mapping.hf, mapping.shapes, strict=True)}
+    if "vision_config" in config:
+        named = [(f"model.{tensor}", weight) for tensor, weight in reference.model.language_model.named_parameters()]
+    else:
+        named = list(reference.named_parameters())
+        assert sum(math.prod(shape) for shape in shapes.values()) == PUBLISHED[name]
+    assert shapes == {tensor: tuple(weight.shape) for tensor, weight in published(named).items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_means_what_transformers_reads_from_it(name: str) -> None:
+    """Published spellings and those that this `transformers` writes back are one model."""
+    config = config_of(name)
+    text = config.get("text_config", config)
+    settings = {key: value for key, value in text.items() if key not in ("model_type", "auto_map")}
+    internlm3.register()
+    written = AutoConfig.for_model(text["model_type"], **settings).to_dict()
+    assert family_of(written).arch(written) == family_of(text).arch(text)
+
+
+def test_details_that_a_count_does_not_show() -> None:
+    arch = {name: family_of(c := config_of(name)).arch(c) for name in PUBLISHED if "vision_config" not in config_of(name)}
+    assert arch["Llama-3.1-405B-Instruct"].rope.llama3 == arch["Llama-3.1-8B-Instruct"].rope.llama3
+    assert arch["Llama-3.1-8B-Instruct"].rope.base == 500000.0
+    assert [arch[name].qkv_bias for name in ("Qwen2.5-7B-Instruct", "Qwen3-8B", "internlm3-8b-instruct")] == [
+        True,
+        False,
+        False,
+    ]
+    assert arch["internlm3-8b-instruct"].rope.base == 50000000.0
+    assert arch["Qwen3-235B-A22B"].experts is not None and arch["Qwen3-235B-A22B"].experts.renormalized
+    local = arch["gemma-3-1b-it"].local
+    assert local is not None and (local.window, local.rope.base, sum(local.layers)) == (512, 10000.0, 22)
+    text = config_of("gemma-3-27b-it")["text_config"]
+    large = family_of(text).arch(text)
+    assert large.attention_scale == 168**-0.5 and large.rope.linear_factor == 8.0
+    assert large.local is not None and [i for i, is_local in enumerate(large.local.layers) if not is_local][:2] == [5, 11]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "layer_types must name"),
+        ("gemma3", {"hidden_activation": "silu"}, "hidden_act 'silu'"),
+        ("internlm3", {"bias": True, "qkv_bias": False}, "qkv_bias is not"),
+        ("internlm3", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "9 of only 8"),
+    ],
+)
+def test_what_a_family_file_does_not_cover_is_refused(family: str, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        FAMILIES[family].arch({**FAMILIES[family].tiny_config(), "vocab_size": 300} | change)
+
+
+def test_a_model_that_reads_images_is_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-4b-it")))
+    assert main(["convert", "import", "--model_name", str(tmp_path), "--output_dir", str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model_type 'gemma3' reads images too" in line and "language model" in line

@@ -1,0 +1,48 @@
+"""Which modules a layer is made of: Transformer Engine's on a GPU in bf16 where they cover the family, else local ones."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from unisd_megatron.families import Arch
+from unisd_megatron.mcore.attention import LocalGlobalSelfAttention, SegmentAttention
+from unisd_megatron.mcore.experts import ReplicatedTokensMoELayer, Router
+from unisd_megatron.mcore.norm import RowParallelLinearThenNorm, SequenceParallelRMSNorm, ZeroCenteredRMSNorm
+from unisd_megatron.mcore.platform import Platform
+
+
+def layer_spec(
+    arch: Arch, config: TransformerConfig, platform: Platform, chunk: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of pipeline chunk `chunk` (None: the stage has only one)."""
+    # In fp32 Transformer Engine has no attention for packed rows. Norms behind a block and layers with a RoPE of their own
+    # have only been built from local modules here.
+    plain = not arch.sandwich_norms and arch.local is None and arch.experts is None
+    if platform.layer_spec == "transformer_engine" and config.bf16 and plain:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    spec = _local_spec(arch, config)
+    norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=norm)
+
+
+def _local_spec(arch: Arch, config: TransformerConfig) -> ModuleSpec:
+    experts = None if arch.experts is None else arch.experts.count
+    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    attention.core_attention = SegmentAttention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if arch.local is not None:
+        layer.self_attention.module = LocalGlobalSelfAttention
+    if arch.sandwich_norms:
+        attention.linear_proj = layer.mlp.submodules.linear_fc2 = RowParallelLinearThenNorm
+    if arch.experts is not None:
+        layer.mlp.submodules.router = Router
+        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+            layer.mlp.module = ReplicatedTokensMoELayer
+    return spec
