@@ -163,7 +163,9 @@ def resolve_folder(model_name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not a valid id
         raise CheckpointError(f"{model_name}: no such folder, and the hub does not give it ({type(error).__name__})") from error
 
@@ -188,8 +190,12 @@ def require_new_folder(target: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies configuration and tokenizer files, everything that is not weights; config.json then states `dtype`."""
-    for name in _COMPANIONS.split():
+    """Copies configuration and tokenizer files, everything that is not weights; config.json then states `dtype`.
+
+    Code that they name (InternLM3's tokenizer) is copied for others to trust or not; it is never run here.
+    """
+    names = [*_COMPANIONS.split(), *(path.name for path in source.glob("*.py"))]
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if dtype is not None:
