@@ -80,7 +80,8 @@ def _check_ranges(entries: dict[str, Entry], start: int, size: int, file: Path) 
         if entry.start != start or entry.stop < start:
             raise CheckpointError(f"{file}: tensor {name} does not begin where the one before it ends")
         if entry.stop > size:
-            raise CheckpointError(f"{file}: cut short in tensor {name} ({size} bytes of at least {entry.stop})")
+            where = f"cut short in tensor {name}, {size} bytes of at least {entry.stop}"
+            raise CheckpointError(f"{file}: not a complete safetensors file ({where})")
         if entry.dtype in DTYPES and entry.stop - entry.start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
             raise CheckpointError(f"{file}: tensor {name} has {entry.stop - entry.start} bytes, which is not {entry.shape}")
         start = entry.stop
