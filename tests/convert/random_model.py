@@ -101,7 +101,7 @@ def measure(work: Path, dimensions: list[int], dtype: str) -> dict[str, float]:
     copy = time.monotonic() - begin
     into, out = both_ways("big")
     converted = peak()
-    verify = run("verify", "--model_name", f"{work}/big/hf", "--against", f"{work}/big/megatron")
+    verify = run("verify", "--model_name", f"{work}/big/hf", "--against", f"{work}/big/megatron", "--max_prompt_length", "8")
     width = getattr(torch, dtype).itemsize
     hidden, ffn, _, vocab = dimensions
     return {

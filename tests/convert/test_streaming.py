@@ -35,8 +35,7 @@ def test_a_conversion_holds_tensors_and_not_the_model(tmp_path: Path) -> None:
     used = json.loads(done.stdout.splitlines()[-1])
     assert used["model"] > 300e6
     assert used["conversion"] <= 3 * used["largest"] < used["model"] / 3
-    # One layer in fp32 on one side and its bf16 source, or the embedding twice; and logits.
-    assert used["verify"] <= used["model"] - 50e6
+    assert used["verify"] <= 0.7 * used["model"]  # a layer or the embedding in fp32, beside what it is made from
 
 
 def weights_on_ranks(rank: int, group: object, folder: str, layout: Layout) -> list[str]:

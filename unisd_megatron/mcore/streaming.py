@@ -87,9 +87,10 @@ class _Table:
             self._last = name, self._produce(name)
         assert item.tensor_data is not None
         piece = skeleton.pieces(self._described[name], self._last[1])[number].data
-        piece = piece.contiguous().view(item.tensor_data.chunk.sizes)
-        # torch.save writes all of the memory that a tensor is a view of.
-        return piece.clone() if piece.untyped_storage().nbytes() != piece.nbytes else piece
+        piece = piece.contiguous()
+        # torch.save writes all of the memory that a tensor is a view of: this one is of its own part only.
+        part = torch.frombuffer(piece.view(-1).view(torch.uint8).numpy(), dtype=piece.dtype)
+        return part.view(item.tensor_data.chunk.sizes)
 
 
 def _tensor_item(piece: ShardedTensor) -> WriteItem:
