@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mcore": {"losses", "mechanisms", "families"},
     "weights": {"families"},
     "rollout": {"families", "weights"},
-    "convert": {"families", "mcore", "weights"},
+    "convert": {"data", "families", "mcore", "weights"},
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},

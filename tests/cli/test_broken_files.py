@@ -41,7 +41,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "index without a map": (index({}), ["no weight_map"]),
     "index names a tensor that its file lacks": (
         index({"weight_map": {"model.embed_tokens.weight": "model.safetensors", "other": "model.safetensors"}}),
-        ["model.layers.0", "missing"],
+        ["model.safetensors", "tensor other is missing"],
     ),
     "config is a list": (text("config.json", "[]"), ["config.json", "expected an object"]),
     "config without a dimension": (config(hidden_size=None), ["hidden_size is None"]),

@@ -116,7 +116,7 @@ def test_verify_names_a_tensor_that_differs(
     against = imported if kind == "megatron" else original
     assert main(["verify", "--model_name", str(changed), "--against", str(against)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["9.766e-04", name]
+    assert lines[0].split() == ["9.766e-04", name, "(1", "of", str(tensors[name].numel()), "entries)"]
     assert f"{len(tensors) - 1} of {len(tensors)} tensors equal" in "\n".join(lines)
 
 

@@ -50,31 +50,64 @@ def convert_import(request: argparse.Namespace) -> int:
     from unisd_megatron.convert.checkpoints import import_folder
 
     layout = Layout(request.tensor_model_parallel_size, request.pipeline_model_parallel_size)
-    import_folder(request.model_name, Path(request.output_dir), layout)
+    import_folder(
+        request.model_name,
+        Path(request.output_dir),
+        layout,
+        config_from=request.config_from,
+        allow_pickle=request.allow_pickle,
+    )
     say(f"{request.output_dir}: Megatron distributed checkpoint; loads at any layout")
     return 0
 
 
 def convert_export(request: argparse.Namespace) -> int:
+    shard_bytes = _size(request.max_shard_size)
     _prepare_libraries()
     from unisd_megatron.convert.checkpoints import export_folder
 
-    export_folder(Path(request.model_name), Path(request.output_dir))
+    target = Path(request.output_dir)
+    export_folder(Path(request.model_name), target, shard_bytes=shard_bytes, config_from=request.config_from)
     say(f"{request.output_dir}: Hugging Face folder")
     return 0
 
 
-def verify(request: argparse.Namespace) -> int:
-    _prepare_libraries()
-    from unisd_megatron.convert.checkpoints import LOGITS_TOLERANCE, compare_checkpoints
+def _size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 1GiB."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("BKMGIbkmgi ")
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        size = int(float(number) * units[text[len(number) :].strip().upper()])
+        if size >= 1:
+            return size
+    raise ConfigError(f"--max_shard_size {text!r} is no size; write it as 5GB, 500MB or 1GiB")
 
-    found = compare_checkpoints(request.model_name, Path(request.against))
-    for name, difference in found.tensors[:5]:
-        say(f"{difference:12.3e}  {name}")
-    equal = sum(difference == 0 for _, difference in found.tensors)
-    say(f"{equal} of {len(found.tensors)} tensors equal bit for bit; largest difference of logits {found.logits:.3e}")
-    holds = equal == len(found.tensors) and found.logits <= LOGITS_TOLERANCE
-    say("verified" if holds else f"NOT verified: tensors must be equal and logits within {LOGITS_TOLERANCE:g}")
+
+def verify(request: argparse.Namespace) -> int:
+    if not request.tolerance >= 0:
+        raise ConfigError(f"--tolerance is {request.tolerance}; it must not be negative")
+    _prepare_libraries()
+    from unisd_megatron.convert.verify import Reading, Verification
+
+    holds = True
+    checkpoints = Verification(
+        request.model_name,
+        Path(request.against),
+        config_from=request.config_from,
+        allow_pickle=request.allow_pickle,
+        length=request.max_prompt_length,
+    )
+    for found in checkpoints.run(request.tolerance):
+        if isinstance(found, Reading):
+            holds &= found.holds
+            say(found.describe())
+            continue
+        differing = sorted((one for one in found if one.entries), key=lambda one: -one.largest)
+        holds &= not differing
+        for one in differing[:20]:
+            say(f"{one.largest:12.3e}  {one.name} ({one.entries} of {one.total} entries)")
+        say(f"{len(found) - len(differing)} of {len(found)} tensors equal bit for bit")
+    say("verified" if holds else "NOT verified: tensors must be equal, and logits within the tolerance")
     return 0 if holds else 1
 
 

@@ -151,7 +151,18 @@ def _add_convert(subparsers: Any) -> None:
     for one in (into, out):
         flag(one, "model_name", required=True, help="checkpoint to read")
         flag(one, "output_dir", required=True, help="new folder")
+        _add_config_from(one)
+    _add_allow_pickle(into)
     _add_layout(into)
+    flag(out, "max_shard_size", default="5GB", metavar="SIZE", help="of a safetensors file, such as 500MB (5GB)")
+
+
+def _add_config_from(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "config_from", metavar="DIR", help="of a Megatron-LM checkpoint: a Hugging Face folder of its model")
+
+
+def _add_allow_pickle(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "allow_pickle", action="store_true", help="read pytorch_model.bin too, weights only")
 
 
 def _add_verify(subparsers: Any) -> None:
@@ -160,6 +171,10 @@ def _add_verify(subparsers: Any) -> None:
     )
     flag(parser, "model_name", required=True, help="Hugging Face folder")
     flag(parser, "against", required=True, help="Megatron or Hugging Face folder")
+    flag(parser, "tolerance", type=float, default=1e-4, metavar="X", help="largest difference of fp32 logits (1e-4)")
+    flag(parser, "max_prompt_length", type=int, default=64, metavar="N", help="tokens of each prompt (64)")
+    _add_config_from(parser)
+    _add_allow_pickle(parser)
 
 
 def _add_parity(subparsers: Any) -> None:

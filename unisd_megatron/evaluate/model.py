@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from unisd_megatron.config import Layout
-from unisd_megatron.convert.source import load_stage, load_tokenizer, open_source
+from unisd_megatron.convert.source import load_stage, open_source
+from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Record, Task
 from unisd_megatron.evaluate.run import answer
 from unisd_megatron.mcore import platform as platforms

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.distributed.checkpoint import CheckpointException
 from unisd_megatron.errors import CheckpointError
 from unisd_megatron.mcore import teacher_state
 from unisd_megatron.mcore.model import Stage
+from unisd_megatron.mcore.reading import read_metadata
+from unisd_megatron.mcore.skeleton import checkpoint_metadata
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mcore.writing import Background, write
@@ -56,6 +58,7 @@ def load(folder: Path, model: Stage, student: Student | None = None, teacher: Te
 
     Raises `CheckpointError` where the folder holds another model or is broken.
     """
+    read_metadata(folder)  # Megatron unpickles it without looking
     wanted = _state(model, student, teacher, is_loading=True)
     quiet = logging.getLogger("megatron.core.dist_checkpointing")
     level = quiet.level
@@ -77,12 +80,7 @@ def load(folder: Path, model: Stage, student: Student | None = None, teacher: Te
 
 
 def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    metadata = checkpoint_metadata()
     of_model = model.sharded_state_dict(prefix=f"{STUDENT}.", metadata=metadata)
     state: dict[str, Any] = {STUDENT: of_model}
     if student is not None:

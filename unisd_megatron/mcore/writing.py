@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from unisd_megatron.errors import CheckFailed
+from unisd_megatron.errors import CheckFailed, UnisdError
 
 
 def write(folder: Path, state: ShardedStateDict) -> None:
@@ -27,7 +27,7 @@ def write(folder: Path, state: ShardedStateDict) -> None:
     Raises `CheckFailed`, on every rank, where a rank could not write.
     """
     filesystem_async._results_queue = _Results()
-    with _explained(folder):
+    with explained(folder):
         dist_checkpointing.save(state, str(folder))
 
 
@@ -62,7 +62,7 @@ class Background:
             return False
         folder, done = self._folder, False
         try:
-            with _explained(folder):
+            with explained(folder):
                 done = bool(self._calls.maybe_finalize_async_calls(blocking=wait))
         except CheckFailed:
             self._folder = None
@@ -95,9 +95,13 @@ class _Results:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """Turns a failed write into `CheckFailed`; an error that was raised on purpose on the way stays what it is."""
     try:
         yield
     except CheckpointException as error:  # a BaseException; only rank 0 is told the causes
+        ours = [cause for cause, _ in error.failures.values() if isinstance(cause, UnisdError)]
+        if ours:
+            raise ours[0] from error
         causes = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]
         raise CheckFailed(f"{folder}: could not be written ({causes[0][:300] if causes else 'on another rank'})") from error

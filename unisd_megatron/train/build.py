@@ -13,7 +13,8 @@ import torch
 
 from unisd_megatron.batch import STUDENT, Prompts
 from unisd_megatron.config import Run
-from unisd_megatron.convert.source import Source, load_stage, load_tokenizer, open_source
+from unisd_megatron.convert.source import Source, load_stage, open_source
+from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import TASKS, Sampler, Task, build_examples
 from unisd_megatron.data.tokens import encode_examples
 from unisd_megatron.errors import ConfigError

@@ -1,94 +1,135 @@
-"""Hugging Face folders: safetensors in and out, one tensor in memory at a time beyond the file being written."""
+"""Hugging Face folders: what is in one, checked from its headers; a new one, written tensor by tensor."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError
+from unisd_megatron.weights.files import DTYPES, Entry, read_header, read_tensor, write_files
+from unisd_megatron.weights.pickles import locate_pickles, read_pickled
+
+SHARD_BYTES = 5 * 10**9
+"""Largest size of a written safetensors file (or one tensor), as in `transformers`."""
 
 _COMPANIONS = """
     config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json
-    merges.txt added_tokens.json chat_template.jinja tokenizer.model
+    merges.txt added_tokens.json chat_template.jinja chat_template.json tokenizer.model
 """
 
 
 class HfFolder:
-    """A checkpoint folder: `config.json` and safetensors, read lazily by tensor name."""
+    """A checkpoint folder: `config.json` and safetensors, read lazily by tensor name.
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises `CheckpointError` for a folder that is missing, incomplete, or has no safetensors."""
+    Args: allow_pickle: where there are no safetensors, read `pytorch_model.bin` (weights only, nothing of it is run).
+    """
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+        """Raises `CheckpointError` for a folder that is missing, incomplete, or has no safetensors. Reads headers only."""
         self.path = Path(path)
         self.config = read_config(self.path)
-        self._files = self._locate()
+        self._entries = self._locate(allow_pickle)
 
-    def _locate(self) -> dict[str, Path]:
-        index = self.path / "model.safetensors.index.json"
+    def _locate(self, allow_pickle: bool) -> dict[str, Entry]:
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not names:
-                raise CheckpointError(f"{index}: no weight_map")
-            files = {name: self.path / file for name, file in names.items()}
-        elif (self.path / "model.safetensors").is_file():
-            single = self.path / "model.safetensors"
-            with _open(single) as stream:
-                files = dict.fromkeys(stream.keys(), single)
-        else:
-            raise CheckpointError(
-                f"{self.path}: no model.safetensors or model.safetensors.index.json (only safetensors are read)"
-            )
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise CheckpointError(f"{file}: the index names this file and it is missing")
-            with _open(file):
-                pass
-        return files
+            return _read_indexed(index, read_header)
+        if single.is_file():
+            return read_header(single)
+        return locate_pickles(self.path, allow_pickle, _read_indexed)
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def file(self, name: str) -> Path:
+        return self._entry(name).file
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return DTYPES[self._entry(name).dtype]
 
     def require(self, names: Iterable[str]) -> None:
-        """Raises `CheckpointError` for the first name that is not held."""
+        """Raises `CheckpointError` for the first name that is not held, or not in a dtype that is read."""
         for name in names:
-            if name not in self._files:
-                raise CheckpointError(f"{self.path}: tensor {name} is missing")
+            entry = self._entry(name)
+            if entry.dtype not in DTYPES:
+                raise CheckpointError(f"{entry.file}: {name} has dtype {entry.dtype}; float32, bfloat16 and float16 are read")
+
+    def refuse_others(self, names: Collection[str], tied: bool) -> None:
+        """Raises `CheckpointError` for a tensor that the model would silently do without.
+
+        Args: names: of the model's tensors; tied: a head that equals the embedding is no other.
+        """
+        for name, entry in self._entries.items():
+            if name in names or name.endswith(_COMPUTED):
+                continue
+            if name == _HEAD and tied and _EMBEDDING in self._entries:
+                if not torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING)):
+                    raise CheckpointError(f"{entry.file}: {_HEAD} is not {_EMBEDDING}, and config.json ties the two")
+                continue
+            raise CheckpointError(f"{entry.file}: tensor {name} is not one of the model in config.json{_advice(name)}")
+
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes of the stored weights; the config may state another."""
+        return frozenset(DTYPES[entry.dtype] for entry in self._entries.values() if entry.dtype in DTYPES)
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored weights, read from a file's header; the config may state another."""
-        name = next(iter(self._files))
-        with _open(self._files[name]) as stream:
-            stored = stream.get_slice(name).get_dtype()
-        known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        if stored not in known:
-            raise CheckpointError(f"{self._files[name]}: weights of dtype {stored}; float32, bfloat16 and float16 are read")
-        return known[stored]
+        """The dtype of the stored weights, the wider one where there are two."""
+        return functools.reduce(torch.promote_types, self.dtypes())
 
     def tensor(self, name: str) -> Tensor:
         """The full tensor in its stored dtype, on the CPU; `CheckpointError` names a missing one."""
-        self.require([name])
-        with _open(self._files[name]) as stream:
-            try:
-                return stream.get_tensor(name)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{self._files[name]}: tensor {name} is missing, though the index names it here"
-                ) from error
+        entry = self._entry(name)
+        return read_pickled(entry, name) if entry.pickled else read_tensor(entry)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        return self._entries[name]
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPUTED = ("rotary_emb.inv_freq",)
+"""Tensors of older checkpoints that follow from the config."""
+
+
+def _advice(name: str) -> str:
+    if "lora_" in name:
+        return "; merge adapters into the model first"
+    if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx", "_scale", "_scale_inv", ".SCB", ".absmax", ".quant_state")):
+        return "; quantised weights are not read, give the unquantised checkpoint"
+    return ""
+
+
+def _read_indexed(index: Path, read: Callable[[Path], dict[str, Entry]]) -> dict[str, Entry]:
+    """All tensors of the files that an index names. Raises `CheckpointError` where the index and the files disagree."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        file = index.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file}: the index names this file and it is missing")
+        held = read(file)
+        for double in held.keys() & entries.keys():
+            raise CheckpointError(f"{file}: tensor {double} is in {entries[double].file.name} too")
+        entries |= held
+    for name, file_name in weight_map.items():
+        if name not in entries or entries[name].file.name != file_name:
+            raise CheckpointError(f"{index.parent / file_name}: tensor {name} is missing, though the index names it here")
+    return entries
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +163,9 @@ def resolve_folder(model_name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not a valid id
         raise CheckpointError(f"{model_name}: no such folder, and the hub does not give it ({type(error).__name__})") from error
 
@@ -147,8 +190,12 @@ def require_new_folder(target: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies configuration and tokenizer files, everything that is not weights; config.json then states `dtype`."""
-    for name in _COMPANIONS.split():
+    """Copies configuration and tokenizer files, everything that is not weights; config.json then states `dtype`.
+
+    Code that they name (InternLM3's tokenizer) is copied for others to trust or not; it is never run here.
+    """
+    names = [*_COMPANIONS.split(), *(path.name for path in source.glob("*.py"))]
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if dtype is not None:
@@ -162,51 +209,34 @@ def save_folder(
     source: Path,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None = None,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint folder from a stream of HF-named tensors; tokenizer and configs are copied from `source`.
 
-    Complete or not there: everything is written to `target` + ".partial" and renamed at the end. Raises
-    `CheckpointError` if `target` exists.
+    One tensor at a time is in memory. Complete or not there: everything is written to `target` + ".partial", which is
+    renamed at the end and removed on failure. Raises `CheckpointError` if `target` exists, `CheckFailed` where the disk does
+    not take it.
+    """
+    with new_folder(target) as partial:
+        copy_companions(source, partial, dtype)
+        write_files(partial, tensors, dtype, shard_bytes)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `target` if all goes well, and is removed if not.
+
+    Raises `CheckpointError` if `target` exists, `CheckFailed` where the disk does not take it.
     """
     require_new_folder(target)
     partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    copy_companions(source, partial, dtype)
-    _write_shards(partial, tensors, dtype, shard_bytes)
-    os.replace(partial, target)
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int) -> None:
-    pending: dict[str, Tensor] = {}
-    held, total = 0, 0
-    files: list[tuple[Path, list[str]]] = []
-
-    def flush() -> None:
-        nonlocal held
-        file = folder / f"shard-{len(files)}"
-        save_file(pending, file, metadata={"format": "pt"})
-        files.append((file, list(pending)))
-        pending.clear()
-        held = 0
-
-    for name, tensor in tensors:
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if pending and held + size > shard_bytes:
-            flush()
-        pending[name] = tensor
-        held, total = held + size, total + size
-    flush()
-    if len(files) == 1:
-        os.replace(files[0][0], folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, (file, names) in enumerate(files, start=1):
-        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        os.replace(file, folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is not None:  # what others raise on purpose has none
+            raise CheckFailed(f"{error.filename}: could not be written ({error.strerror})") from error
+        raise

@@ -21,7 +21,8 @@ from unisd_megatron.weights.hf import HfFolder
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def _by_name(mappings: Sequence[Mapping]) -> dict[str, Mapping]:
+def by_name(mappings: Sequence[Mapping]) -> dict[str, Mapping]:
+    """Mappings by Megatron name, a tied head's included."""
     table = {mapping.megatron: mapping for mapping in mappings}
     table.setdefault(HEAD, table[EMBEDDING])  # tied: the last stage holds a copy of the embedding as its head
     return table
@@ -33,16 +34,22 @@ def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], fold
 
     Raises `CheckpointError` for a missing tensor or a wrong shape, naming it.
     """
-    table = _by_name(mappings)
+    table = by_name(mappings)
     for name, shard in shards:
         mapping = table[name]
         tensors = [folder.tensor(hf) for hf in mapping.hf]
-        # Compared whole: padding or cutting a tensor into shards could hide that it is too short or too long.
-        expected = mapping.join([torch.empty(shard.shape, device="meta")] * tensor_axis.size)
-        for hf, tensor, like in zip(mapping.hf, tensors, expected, strict=True):
-            if tensor.shape != like.shape:
-                raise CheckpointError(f"{folder.path}: {hf} is {tuple(tensor.shape)}; config.json says {tuple(like.shape)}")
+        check_shapes(mapping, tensors, folder.path)
         shard.copy_(mapping.shard(tensors, tensor_axis.size, tensor_axis.rank))
+
+
+def check_shapes(mapping: Mapping, tensors: Sequence[Tensor], where: object) -> None:
+    """Raises `CheckpointError` unless full tensors have the shapes of the model.
+
+    Compared whole: padding or cutting a tensor into shards could hide that it is too short or too long.
+    """
+    for name, tensor, shape in zip(mapping.hf, tensors, mapping.shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{where}: {name} is {tuple(tensor.shape)}; config.json says {shape}")
 
 
 @torch.no_grad()
