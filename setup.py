@@ -15,6 +15,7 @@ CORE = [
     "transformers>=5.8,<6",
     "safetensors>=0.5",
     "huggingface-hub",
+    "httpx>=0.27",
     "einops",
     "psutil",
     "tqdm",
@@ -46,5 +47,9 @@ setup(
         # triton: its interpreter runs the GPU kernels' tests.
         "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", TRITON],
     },
-    entry_points={"console_scripts": ["unisd=unisd_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["unisd=unisd_megatron.cli:main"],
+        # Every vLLM process of this environment calls it: a server too then reads InternLM3 without code of the checkpoint.
+        "vllm.general_plugins": ["unisd_internlm3=unisd_megatron.weights.internlm3:register"],
+    },
 )

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "unisd_megatron"
 
 # Floor by floor, what each room may import of the others. The ground is open to all.
-GROUND = {"errors", "config", "modes", "batch", "grid", "exchange", "validation", "__init__"}
+GROUND = {"errors", "config", "modes", "batch", "grid", "exchange", "resolve", "validation", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "mechanisms": {"losses"},
@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": set(),
     "mcore": {"losses", "mechanisms", "families"},
     "weights": {"families"},
-    "rollout": {"families"},
+    "rollout": {"families", "weights"},
     "convert": {"data", "families", "mcore", "weights"},
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
@@ -35,7 +35,8 @@ ONLY_IN = {
     "megatron": ("mcore/",),
     "transformer_engine": ("mcore/",),
     "vllm": ("rollout/",),
-    "argparse": ("cli/", "evaluate/model.py"),
+    "httpx": ("rollout/server.py",),
+    "argparse": ("cli/", "evaluate/model.py", "rollout/serve.py"),
     "datasets": ("data/task.py",),
     "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py", "weights/internlm3.py"),
 }
@@ -49,6 +50,9 @@ FLOORS_WITHOUT_MEGATRON = [
     "mechanisms.objective",
     "data",
     "families",
+    "rollout.pool",
+    "rollout.guard",
+    "rollout.serve",
     "cli.parser",
 ]
 
@@ -98,7 +102,7 @@ def test_heavy_dependencies_have_one_door() -> None:
 
 @pytest.mark.parametrize("module", FLOORS_WITHOUT_MEGATRON)
 def test_lower_floors_load_no_megatron(module: str) -> None:
-    light = module in ("config", "validation", "modes", "batch", "errors", "cli.parser")
+    light = module in ("config", "validation", "modes", "batch", "errors", "rollout.guard", "rollout.serve", "cli.parser")
     absent = ["megatron", "vllm", "transformer_engine", "transformers"] + (["torch"] if light else [])
     code = f"import sys, unisd_megatron.{module}; print([m for m in {absent} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

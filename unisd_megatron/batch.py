@@ -33,8 +33,9 @@ class Completion:
     """What an engine returned for one prompt."""
 
     token_ids: tuple[int, ...]  # end of sequence included if it was sampled
-    log_probs: tuple[float, ...]  # of the sampled tokens, nats, at the sampling temperature, before top-p and top-k
+    log_probs: tuple[float, ...]  # of the sampled tokens under the sampling distribution, nats
     finish_reason: str  # "stop": an end-of-sequence id was sampled; "length": cut
+    version: int = 0  # optimizer steps that the weights had seen which sampled it
 
 
 @dataclass(frozen=True, slots=True)

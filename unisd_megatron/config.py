@@ -1,15 +1,12 @@
 """Every setting of a run: one frozen dataclass per concern, each default in exactly one place. No torch here.
 
-A field's name is its flag (`--like_this` or `--like-this`); its metadata carries the help text. Values are resolved
-by `resolve`: dataclass default < mode row (`modes.MODES`) < `--config` file < command line, and the origin of each is
-kept. `validation.validate` sees contradictions before any process group exists.
+A field's name is its flag (`--like_this` or `--like-this`); its metadata carries the help text. `resolve.resolve` makes a `Run`
+of what was asked for; `validation.validate` sees contradictions before any process group exists.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -126,6 +123,8 @@ class Rollout:
     temperature: float = setting(0.7, "sampling temperature; student, teacher and negative logits are divided by it")
     top_p: float = setting(1.0, "nucleus sampling mass")
     top_k: int = setting(0, "sample among the k likeliest tokens; 0: all")
+    min_p: float = setting(0.0, "drop tokens less likely than this part of the likeliest; 0: none")
+    repetition_penalty: float = setting(1.0, "logits of tokens that occurred are divided (negative ones multiplied) by it")
     max_completion_length: int = setting(1024, "tokens; a completion is cut there")
     mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
     max_logp_gap: float | None = setting(
@@ -133,6 +132,28 @@ class Rollout:
         "stop when the engine's log-probs of the sampled tokens differ from Megatron's by more than this, "
         "mean over tokens, nats; default 1e-3 in fp32, 0.1 in bf16",
     )
+    importance_sampling_cap: float | None = setting(
+        None, "weigh each token by the student's probability over the engine's, at most this (truncated importance sampling)"
+    )
+    max_rollout_lag: int = setting(
+        0, "generate ahead while training, with weights at most this many optimizer steps old (--vllm_mode server)"
+    )
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM as the rollout engine."""
+
+    use_vllm: bool = setting(False, "sample with vLLM instead of `transformers`")
+    vllm_mode: Literal["colocate", "server"] = setting(
+        "colocate", "in the training processes, or on servers started by tools/serve_vllm.py"
+    )
+    vllm_tensor_parallel_size: int = setting(1, "colocate: ranks that share one engine; divides the number of processes")
+    vllm_gpu_memory_utilization: float = setting(0.3, "colocate on GPUs: part of the memory that an engine may take")
+    vllm_kv_cache_gib: float = setting(1.0, "colocate on CPUs: memory of an engine's key-value cache")
+    vllm_enable_sleep_mode: bool = setting(False, "colocate on GPUs: free the engine's memory while training")
+    vllm_server_urls: str | None = setting(None, "server: `http://host:port` of each, separated by commas")
+    vllm_server_timeout: float = setting(300.0, "server: seconds until one that does not answer or take weights counts as lost")
 
 
 @dataclass(frozen=True)
@@ -213,6 +234,7 @@ class Run:
     layout: Layout
     data: Data
     rollout: Rollout
+    vllm: Vllm
     objective: Objective
     teacher: Teacher
     optimization: Optimization
@@ -250,11 +272,16 @@ GROUPS: dict[str, type] = {
     "layout": Layout,
     "data": Data,
     "rollout": Rollout,
+    "vllm": Vllm,
     "objective": Objective,
     "teacher": Teacher,
     "optimization": Optimization,
     "schedule": Schedule,
 }
+
+VLLM_SERVER = frozenset({"vllm_server_urls", "vllm_server_timeout", "max_rollout_lag"})
+VLLM_COLOCATE = frozenset(f.name for f in dataclasses.fields(Vllm)) - VLLM_SERVER - {"use_vllm", "vllm_mode"}
+"""Settings of one place of vLLM that mean nothing in the other."""
 
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
@@ -270,6 +297,7 @@ RESUME_MAY_CHANGE = frozenset(
         "loss_path",
         "teacher_memory",
     }
+    | {f.name for f in dataclasses.fields(Vllm)}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -295,95 +323,3 @@ def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bo
     if typing.get_origin(arm) is Literal:
         return str, typing.get_args(arm), optional
     return arm, None, optional
-
-
-def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name: str = "--config") -> Run:
-    """The run that the command line and a configuration file ask for.
-
-    Args: flags: values given on the command line, by field name; file_values: the same from a file.
-    Raises `ConfigError` for unknown names, wrong types, an unknown mode, and flags of mechanisms that are off.
-    """
-    known = {item.name: (group, item) for group, item in all_settings()}
-    for name in file_values:
-        if name not in known and name not in ("mode", "model_name"):
-            raise ConfigError(f"{file_name}: unknown setting {name!r}; `unisd train --help` lists them")
-    given = {**file_values, **flags}
-    mode = given.get("mode", "unisd_star")
-    if mode not in MODES:
-        raise ConfigError(f"unknown --mode {mode!r}; use one of {', '.join(MODES)}")
-    if not given.get("model_name"):
-        raise ConfigError("--model_name is missing; give a Hugging Face folder or hub id")
-    row = dict(MODES[mode].defaults)
-    if given.get("token_clip_quantile") is not None:
-        row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
-    values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    origins = {
-        name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")
-    }
-    for name, (group, item) in known.items():
-        source, origin = next(
-            ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s),
-            ({name: item.default}, "default"),
-        )
-        values[group][name] = _checked(GROUPS[group], name, source[name], origin if origin != "file" else file_name)
-        origins[name] = origin
-    run = Run(
-        mode=mode,
-        model_name=str(given["model_name"]),
-        origins=origins,
-        **{group: cls(**values[group]) for group, cls in GROUPS.items()},
-    )
-    _refuse_idle_flags(run)
-    return run
-
-
-def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
-    kind, choices, optional = setting_type(cls, name)
-    stated = f"--{name}" if origin == "flag" else f"{origin}: {name}"
-    if value is None:
-        if optional:
-            return None
-        raise ConfigError(f"{stated} must not be empty")
-    if choices is not None:
-        if value not in choices:
-            raise ConfigError(f"{stated} is {value!r}; use one of {', '.join(choices)}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{stated} is {value}; expected a finite number")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{stated} is {value!r}; expected {kind.__name__}")
-    return value
-
-
-def _refuse_idle_flags(run: Run) -> None:
-    """A setting that would be ignored is an error (the released code ignores it silently)."""
-    asked = {name for name, origin in run.origins.items() if origin in ("flag", "file")}
-    teacher = run.teacher.teacher
-    idle = [
-        (run.agreement is None, {"gamma_agreement", "agreement_stat"}, "the agreement modes and unisd_star"),
-        (
-            run.objective.contrastive_weight == 0,
-            {"contrastive_margin"},
-            "--contrastive_weight, mode contrastive and unisd_star",
-        ),
-        (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
-        (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
-        (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
-        (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
-        (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
-        (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
-        (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),
-        (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),
-    ]
-    flat = run.flat()
-    defaults = {item.name: item.default for _, item in all_settings()}
-    for off, names, switch in idle:
-        for name in sorted(names & asked):
-            # A file may state a default for the record; only a value that differs from it asks for something.
-            if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
-                raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")

@@ -14,6 +14,7 @@ def validate(run: Run, world_size: int) -> None:
     run.layout.validate(world_size)
     _validate_objective(run)
     _validate_needs(run)
+    _validate_rollout(run, world_size)
     _validate_ranges(run)
 
 
@@ -55,10 +56,6 @@ def _validate_needs(run: Run) -> None:
             f"--mode {run.mode} weights tokens by the agreement of auxiliary contexts and has none; "
             "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random"
         )
-    if run.rollout.rollout == "replay" and run.rollout.replay_path is None:
-        raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
-    if run.rollout.rollout == "replay" and run.schedule.eval_steps:
-        raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
     if run.schedule.async_save and "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError("--async_save writes from forked processes and this platform cannot fork; drop it")
     if run.teacher.teacher == "ema":
@@ -68,6 +65,43 @@ def _validate_needs(run: Run) -> None:
                 f"the EMA teacher needs --ref_model_sync_steps of at least 1 "
                 f"and --ref_model_mixup_beta in [0, 1); got {steps} and {beta}"
             )
+
+
+def _validate_rollout(run: Run, world_size: int) -> None:
+    rollout, vllm = run.rollout, run.vllm
+    if rollout.rollout == "replay":
+        if vllm.use_vllm:
+            raise ConfigError("--use_vllm samples and --rollout replay repeats what was sampled; drop one")
+        if rollout.replay_path is None:
+            raise ConfigError("--rollout replay needs --replay_path, the `rollouts` folder of an earlier run")
+        if run.schedule.eval_steps:
+            raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
+        if rollout.importance_sampling_cap is not None:
+            raise ConfigError("--importance_sampling_cap needs log-probs of the weights that sampled; drop --rollout replay")
+    if not vllm.use_vllm:
+        return
+    if rollout.temperature < 0.01:
+        raise ConfigError(
+            f"--temperature {rollout.temperature}: vLLM samples at 0.01 at least; raise it, or leave --use_vllm out"
+        )
+    if vllm.vllm_mode == "server" and not server_urls(run):
+        raise ConfigError("--vllm_mode server needs --vllm_server_urls http://host:port[,...]; tools/serve_vllm.py starts one")
+    wrong = [url for url in server_urls(run) if not url.startswith(("http://", "https://"))]
+    if wrong:
+        raise ConfigError(f"--vllm_server_urls: {wrong[0]} is no URL; use http://host:port")
+    if len(set(server_urls(run))) < len(server_urls(run)):
+        raise ConfigError("--vllm_server_urls names a server twice")
+    if vllm.vllm_mode == "colocate" and world_size % vllm.vllm_tensor_parallel_size:
+        fits = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ConfigError(
+            f"--vllm_tensor_parallel_size {vllm.vllm_tensor_parallel_size} does not divide {world_size} processes; "
+            f"use {', '.join(fits)}"
+        )
+
+
+def server_urls(run: Run) -> list[str]:
+    """The addresses of `--vllm_server_urls`."""
+    return [url.strip().rstrip("/") for url in (run.vllm.vllm_server_urls or "").split(",") if url.strip()]
 
 
 def _validate_own_mechanism(run: Run) -> None:
@@ -91,6 +125,14 @@ def _validate_ranges(run: Run) -> None:
         (run.rollout.temperature > 0, "--temperature must be positive"),
         (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),
         (run.rollout.top_k >= 0, "--top_k must not be negative"),
+        (0 <= run.rollout.min_p < 1, "--min_p lies in [0, 1)"),
+        (run.rollout.repetition_penalty > 0, "--repetition_penalty must be positive"),
+        ((run.rollout.importance_sampling_cap or 1.0) > 0, "--importance_sampling_cap must be positive"),
+        (run.rollout.max_rollout_lag >= 0, "--max_rollout_lag must not be negative"),
+        (run.vllm.vllm_tensor_parallel_size >= 1, "--vllm_tensor_parallel_size must be at least 1"),
+        (0 < run.vllm.vllm_gpu_memory_utilization <= 1, "--vllm_gpu_memory_utilization lies in (0, 1]"),
+        (run.vllm.vllm_kv_cache_gib > 0, "--vllm_kv_cache_gib must be positive"),
+        (run.vllm.vllm_server_timeout > 0, "--vllm_server_timeout must be positive"),
         (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
         (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
         (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),

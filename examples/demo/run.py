@@ -1,6 +1,6 @@
 """The demo: a tiny model teaches itself to add. Base checkpoint in, better checkpoint out, both scored on held-out questions.
 
-    python examples/demo/run.py --seed 0        # `make demo SEED=0` sets everything up first
+    python examples/demo/run.py --seed 0        # `make demo SEED=0` sets everything up first; ENGINE=vllm or vllm-server
 
 Two processes on the CPU (tensor parallel 2) train UniSD* for 100 steps; see demo.yaml. The exported Hugging Face folder
 is loaded by `transformers` and scored again, and must give the accuracy that the run itself reported.
@@ -9,28 +9,37 @@ is loaded by `transformers` and scored again, and must give the accuracy that th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+ENGINES = ("transformers", "vllm", "vllm-server")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the demo.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/demo-seed<SEED>")
+    parser.add_argument("--engine", choices=ENGINES, default="transformers", help="what samples the completions")
+    parser.add_argument("--output_dir", type=Path, default=None, help="default: runs/demo-seed<SEED>, with the engine's name")
     args = parser.parse_args()
-    output = args.output_dir or ROOT / "runs" / f"demo-seed{args.seed}"
+    suffix = "" if args.engine == "transformers" else f"-{args.engine}"
+    output = args.output_dir or ROOT / "runs" / f"demo-seed{args.seed}{suffix}"
     if output.exists():
         print(f"{output}: exists already; remove it, or choose another seed (make demo SEED=n)", file=sys.stderr)
         return 2
     began = time.time()
-    launch("train", "--config", HERE / "demo.yaml", "--seed", args.seed, "--output_dir", output, processes=2)
+    with engine_flags(args.engine) as flags:
+        launch("train", "--config", HERE / "demo.yaml", "--seed", args.seed, "--output_dir", output, *flags, processes=2)
     minutes = (time.time() - began) / 60
     before, after = (
         score(HERE / "model", output / "scores" / "before"),
@@ -44,6 +53,38 @@ def main() -> int:
         print(f"the run reported {curve[-1]['accuracy']:.4f}, the exported folder scores {after:.4f}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def engine_flags(engine: str) -> Iterator[list[str]]:
+    """What `train` must be told about the engine; a server runs as long as the block."""
+    if engine == "transformers":
+        yield []
+    elif engine == "vllm":
+        yield ["--use_vllm", "--vllm_kv_cache_gib", "0.25"]
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        words = ["--model", HERE / "model", "--port", port, "--dtype", "float32", "--max_model_len", 256]
+        more = ["--block-size", 32, "--kv-cache-memory-bytes", 256 << 20]
+        command = [sys.executable, ROOT / "tools" / "serve_vllm.py", *words, "--", *more]
+        server = subprocess.Popen([str(word) for word in command], cwd=ROOT, start_new_session=True)
+        try:
+            wait_for(f"http://127.0.0.1:{port}", server)
+            yield ["--use_vllm", "--vllm_mode", "server", "--vllm_server_urls", f"http://127.0.0.1:{port}"]
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Returns when the server answers; ends the demo if it ends or takes five minutes."""
+    deadline = time.time() + 300
+    while time.time() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.5)
+    sys.exit(f"the vLLM server at {url} did not start")
 
 
 def launch(*words: object, processes: int = 1) -> None:

@@ -94,7 +94,7 @@ def test_a_number_out_of_range_is_refused(broken: Desk, flag: str, value: str) -
 def test_the_rows_themselves_are_accepted(broken: Desk) -> None:
     """The requests above are refused for their damage and nothing else."""
     from unisd_megatron.cli.parser import given_settings, parse
-    from unisd_megatron.config import resolve
+    from unisd_megatron.resolve import resolve
     from unisd_megatron.train.build import prepare
 
     assert TRAIN["--mode"] == "vanilla"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from unisd_megatron.cli.parser import given_settings, parse
-from unisd_megatron.config import Run, resolve
+from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train.build import write_run_file
 from unisd_megatron.validation import validate
 

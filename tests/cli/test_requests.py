@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from unisd_megatron.cli import main
 from unisd_megatron.cli.parser import given_settings, parse
-from unisd_megatron.config import GROUPS, all_settings, resolve, setting_type
+from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.modes import MODES
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train.build import write_run_file
 from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import byte_tokenizer, write_tiny

@@ -12,10 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from unisd_megatron.cli import main
+from unisd_megatron.convert.source import open_source
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import FAMILIES, family_of
 from unisd_megatron.families.published import published
 from unisd_megatron.weights import internlm3
+from unisd_megatron.weights.hf import HfFolder
+from unisd_megatron.weights.tiny import byte_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -131,4 +134,32 @@ def test_a_model_that_reads_images_is_refused_with_what_to_do(tmp_path: Path, ca
     (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-4b-it")))
     assert main(["convert", "import", "--model_name", str(tmp_path), "--output_dir", str(tmp_path / "new")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model_type 'gemma3' reads images too" in line and "language model" in line
+    assert "model_type 'gemma3' reads images too" in line and "gemma3_text" in line and "docs/families.md" in line
+
+
+def test_the_documented_way_to_a_language_model_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/families.md, run on a tiny model that reads images."""
+    text = {**FAMILIES["gemma3"].tiny_config(), "vocab_size": 300}
+    vision = {"hidden_size": 32, "image_size": 28, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**vision, "num_hidden_layers": 1})
+    whole = Gemma3ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save_pretrained(tmp_path / "whole")
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0].replace("google/gemma-3-4b-it", "whole"), {})
+    source = open_source("gemma-3-4b-text")
+    folder = HfFolder(source.path)
+    inside = whole.model.language_model.state_dict()
+    assert {name.removeprefix("model.") for name in folder.names()} == inside.keys()
+    assert all(torch.equal(folder.tensor(f"model.{name}"), tensor) for name, tensor in inside.items())
+
+
+def test_another_architecture_names_the_supported_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'gpt2' is not supported; use one of qwen2, llama, gemma3_text") as met:
+        family_of({"model_type": "gpt2"})
+    assert "Bridge" not in str(met.value)
+    (tmp_path / "megatron" / "bridge").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"gemma3_text.*Megatron-Bridge.*AutoBridge.import_ckpt"):
+        family_of({"model_type": "gpt2"})

@@ -15,7 +15,8 @@ from unisd_megatron.mcore import schedule, start
 from unisd_megatron.mechanisms.objective import LossSettings, Objective
 from unisd_megatron.parity.layout import Rig
 from unisd_megatron.train.collate import Work
-from unisd_megatron.train.step import Learner, listen_to_teacher, share_out
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.step import listen_to_teacher, share_out
 from world import World
 
 VIEWS, MICRO_BATCHES = 4, 4

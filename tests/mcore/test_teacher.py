@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.batch import Sample
-from unisd_megatron.config import Layout, resolve
+from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.families import FAMILIES
 from unisd_megatron.grid import Grid
@@ -21,6 +21,7 @@ from unisd_megatron.mcore.model import build
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, loss_settings
 from unisd_megatron.parity.layout import VIEWS, InMemory, Rig
+from unisd_megatron.resolve import resolve
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import tiny_model
 from world import World

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from unisd_megatron.config import resolve
 from unisd_megatron.errors import UnisdError
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train.loop import train
 from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import write_tiny

@@ -17,9 +17,9 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from runs import QUICK, STAR, TINY, one_run, run
-from unisd_megatron.config import resolve
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.mcore import store, writing
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train import checkpoint
 from unisd_megatron.validation import validate
 from unisd_megatron.weights.tiny import write_tiny

@@ -31,7 +31,8 @@ from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, Objective
 from unisd_megatron.train.collate import Work
-from unisd_megatron.train.step import Learner, compute_gradients, listen_to_teacher, share_out
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.step import compute_gradients, listen_to_teacher, share_out
 from unisd_megatron.weights.tiny import byte_tokenizer
 
 VIEWS = 2

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unisd_megatron.config import Layout, resolve
+from unisd_megatron.config import Layout
 from unisd_megatron.errors import ConfigError
+from unisd_megatron.resolve import resolve
 from unisd_megatron.validation import validate
 
 

@@ -18,7 +18,7 @@ from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.rollout.engine import Sampling
 from unisd_megatron.rollout.transformers import TransformersEngine
-from unisd_megatron.weights import stream
+from unisd_megatron.weights.buckets import WeightStream
 from unisd_megatron.weights.hf import eos_ids
 
 
@@ -32,7 +32,7 @@ def answers_of(request: argparse.Namespace, task: Task, records: Sequence[Record
         engine = TransformersEngine(source.path, grid, torch.float32 if platform.device.type == "cpu" else torch.bfloat16)
         if source.is_megatron:
             model = load_stage(source, layout, platform, grid)
-            engine.refresh(stream.full_tensors(model.named_shards(), source.mappings, grid), 0)
+            engine.refresh(WeightStream(model.named_shards, source.mappings, grid), 0)
         sampling = Sampling(request.temperature, 1.0, 0, request.max_completion_length, eos_ids(source.path))
-        answers = answer(task, records, tokenizer, engine, sampling, grid, seed=request.seed)
+        answers = answer(task, records, tokenizer, engine, sampling, seed=request.seed)
     return [dataclasses.asdict(one) for one in answers]

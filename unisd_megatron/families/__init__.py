@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping as AbstractMapping
+from pathlib import Path
 from typing import Any
 
 from unisd_megatron.errors import ConfigError
@@ -26,17 +28,28 @@ def family_named(name: str) -> Family:
 
 
 def family_of(config: AbstractMapping[str, Any]) -> Family:
-    """The family of a `config.json`; `ConfigError` names the supported ones."""
+    """The family of a `config.json`; `ConfigError` names the supported ones and what can be done with another."""
     model_type = config.get("model_type")
     by_type = {family.model_type: family for family in FAMILIES.values()}
     if model_type in by_type:
         return by_type[model_type]
-    if "text_config" in config and (inner := config["text_config"].get("model_type")) in by_type:
+    inner = (config.get("text_config") or {}).get("model_type")
+    if inner in by_type:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} reads images too; of it only the language model ({inner}) is supported: "
-            "load the folder with transformers, save its language model alone, and use that"
+            f"config.json: model_type {model_type!r} reads images too; only its language model, {inner}, is supported: "
+            "save that as a folder of its own (docs/families.md says how) and use it"
         )
-    raise ConfigError(f"config.json: model_type {model_type!r} is not supported; use one of {', '.join(by_type)}")
+    message = f"config.json: model_type {model_type!r} is not supported; use one of {', '.join(by_type)}"
+    if _is_installed("megatron", "bridge"):
+        message += (
+            "; to train it with Megatron itself, Megatron-Bridge, which is installed, may convert it: AutoBridge.import_ckpt"
+        )
+    raise ConfigError(message)
+
+
+def _is_installed(*parts: str) -> bool:
+    """Whether a package is there, without importing any part of it."""
+    return any(Path(folder, *parts).is_dir() for folder in sys.path)
 
 
 __all__ = ["FAMILIES", "Arch", "Family", "Mapping", "family_named", "family_of"]

@@ -1,7 +1,7 @@
 """The parameters of a distributed checkpoint, whole and one at a time, in one process: for what needs no model in memory.
 
 Reads what this program writes (model keys behind `student.`) and Megatron-LM's own checkpoints (no prefix), with layers
-stacked in one tensor or apart. Nothing is unpickled but tensors, weights only, and the metadata, of which only records are read.
+stacked in one tensor or apart. Nothing is unpickled but tensors, weights only, and of the metadata nothing but records.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()  # else a process forked from this one would take its groups for alive
-            dist.destroy_process_group()
+            if dist.is_initialized():  # a colocated vLLM takes it down with itself
+                dist.destroy_process_group()
 
 
 def _backends(platform: Platform) -> str:

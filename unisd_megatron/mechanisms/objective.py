@@ -48,6 +48,7 @@ class LossSettings:
     matching_weight: float = 0.0
     released: bool = False
     path: Literal["fused", "fused_torch", "materialized"] = "fused"
+    importance_cap: float | None = None
 
     @property
     def teacher_views(self) -> dict[str, float]:
@@ -78,6 +79,7 @@ def loss_settings(run: Run) -> LossSettings:
         matching_weight=objective.final_layer_distill_weight or 0.0,
         released=objective.semantics == "released",
         path=objective.loss_path,
+        importance_cap=run.rollout.importance_sampling_cap,
     )
 
 
@@ -100,6 +102,7 @@ class TokenStats:
     teacher_log_probs: Tensor  # [B, T]
     entropy: Tensor  # [B, T] of the student
     feature: Tensor | None = None  # [B, T] distance of final-layer hidden states, gradient to the student
+    importance: Tensor | None = None  # [B, T] truncated ratio of the student's to the sampling engine's probability
 
 
 @dataclass(frozen=True)
@@ -176,24 +179,29 @@ class Objective:
 
     def share_of_loss(self, stats: TokenStats, shares: Shares, tally: Tally) -> Tensor:
         """This micro-batch's share of the step's loss (a scalar with a gradient to the student); metrics go to `tally`."""
-        settings, mask, mine = self.settings, shares.heard.mask.float(), shares.heard.mine
+        settings, mask = self.settings, shares.heard.mask.float()
+        mine: Tensor = shares.heard.mine
+        # Every term is a mean over the tokens that were sampled; the ratio makes it one over tokens the student would sample.
+        counted = mine if stats.importance is None else mine * stats.importance
         tally.check_finite("divergence", stats.divergence)
         tally.check_finite("agreement weights", shares.weights * mask)
         terms = {}
         if settings.divergence_weight:
             divergence = self._clip(stats.divergence, mine, tally)
-            main = self._per_sequence(divergence * mine, shares.weights * mask)
+            main = self._per_sequence(divergence * counted, shares.weights * mask)
             terms["loss/divergence"] = settings.divergence_weight * (shares.main * main).sum()
         if settings.contrastive_weight:
             hinge = self._contrast(stats, shares, tally)
             terms["loss/contrastive"] = (
-                settings.contrastive_weight * (shares.plain * self._per_sequence(hinge * mine, mask)).sum()
+                settings.contrastive_weight * (shares.plain * self._per_sequence(hinge * counted, mask)).sum()
             )
         if settings.matching_weight:
             feature = _given(stats.feature)
             tally.check_finite("feature distance", feature)
             tally.add_mean("matching/distance", feature, mine)
-            terms["loss/matching"] = settings.matching_weight * (shares.plain * self._per_sequence(feature * mine, mask)).sum()
+            terms["loss/matching"] = (
+                settings.matching_weight * (shares.plain * self._per_sequence(feature * counted, mask)).sum()
+            )
         loss = torch.stack(list(terms.values())).sum()
         tally.check_finite("loss", loss)
         tally.add_sum("loss", loss.detach())

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisd_megatron.config import resolve
 from unisd_megatron.errors import DataError
 from unisd_megatron.grid import Axis
 from unisd_megatron.losses import token_divergence, token_entropy, token_log_probs
 from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, LossSettings, Objective, TokenStats, loss_settings
 from unisd_megatron.mechanisms.tally import Tally
+from unisd_megatron.resolve import resolve
 
 TOLERANCE = 1e-6
 

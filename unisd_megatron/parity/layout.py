@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, Prompts, Sample, auxiliary
-from unisd_megatron.config import Layout, Optimization, resolve
+from unisd_megatron.config import Layout, Optimization
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.families import family_named
@@ -31,7 +31,9 @@ from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import LossSettings, Objective, loss_settings
 from unisd_megatron.modes import MODES
 from unisd_megatron.parity import oracle
-from unisd_megatron.train.step import Learner, compute_gradients, gather_tally, share_out
+from unisd_megatron.resolve import resolve
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.step import compute_gradients, gather_tally, share_out
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.tiny import VOCAB_SIZE, tiny_model
 

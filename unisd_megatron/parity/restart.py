@@ -26,11 +26,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from unisd_megatron.config import Layout, resolve
+from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.families import FAMILIES
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start, store
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.metrics import METRICS_FILE, read_metrics
 from unisd_megatron.validation import validate

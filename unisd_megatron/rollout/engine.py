@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,13 +14,25 @@ from unisd_megatron.batch import Completion
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy."""
+    """How tokens are drawn. `temperature` 0 is greedy.
+
+    In this order, as vLLM does it: the repetition penalty divides positive and multiplies negative logits of tokens that occur
+    in the prompt or the completion; the temperature; `min_p` drops tokens less likely than that part of the likeliest; `top_k`;
+    `top_p`. The rest is renormalised: the sampling distribution.
+    """
 
     temperature: float
     top_p: float
     top_k: int  # 0: all
     max_tokens: int
     eos_ids: tuple[int, ...]
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the softmax at the temperature itself, all of it."""
+        return (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,48 @@ class Request:
 
     example_id: str
     prompt: tuple[int, ...]
-    seed: int  # of this sequence alone, so that what is sampled does not depend on batches or ranks
+    seed: int  # of this sequence alone, so that what is sampled does not depend on batches, ranks or engines
+
+
+class Weights(Protocol):
+    """The student's weights as buckets of full, HF-named tensors; see `weights/buckets.py`."""
+
+    def __len__(self) -> int: ...
+
+    def stage(self, number: int) -> int: ...
+
+    def contents(self, number: int) -> tuple[list[str], list[list[int]], str]: ...
+
+    def everywhere(self) -> Iterator[list[tuple[str, Tensor]]]: ...
+
+    def flat(self, number: int) -> Tensor | None: ...
 
 
 class RolloutEngine(Protocol):
-    """Every call is collective over the replica: all its ranks call with the same arguments and get the same answer."""
+    """Every call is collective over the world: all ranks call with the same arguments and get the same answer."""
 
-    def refresh(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Takes the student's weights as a stream of full, HF-named tensors; `step` is the optimizer step they belong to."""
+    def refresh(self, weights: Weights, step: int) -> None:
+        """Takes the student's weights; `step` is the number of optimizer steps they have seen. Drops every cache of the old."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""
+        ...
+
+    def fingerprints(self) -> dict[str, str] | None:
+        """Digests of the weights that this rank's engine computes with; None: it holds them as they came, nothing to prove."""
+        ...
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """What each engine says to all of the requests, where there are several that share the work of `generate`."""
+        ...
+
+    def rest(self) -> None:
+        """Gives memory back until the next refresh, where it can."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started."""
         ...
 
 

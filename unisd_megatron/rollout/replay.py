@@ -6,11 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from unisd_megatron.batch import Completion
 from unisd_megatron.errors import DataError
-from unisd_megatron.rollout.engine import Request, Sampling
+from unisd_megatron.rollout.engine import Request, Sampling, Weights
 
 
 def rollout_file(folder: Path, step: int) -> Path:
@@ -34,11 +32,22 @@ class ReplayEngine:
         self._folder = folder
         self._step = 0
 
-    def refresh(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Moves to a step; the stream is still consumed, because other ranks take part in it."""
-        for _ in weights:
-            pass
+    def refresh(self, weights: Weights, step: int) -> None:
+        """Moves to a step."""
         self._step = step
+
+    def fingerprints(self) -> None:
+        """None: there are no weights."""
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """See `RolloutEngine.probe`."""
+        return [self.generate(requests, sampling)]
+
+    def rest(self) -> None:
+        """Holds next to nothing."""
+
+    def close(self) -> None:
+        """Holds nothing outside this process."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Raises `DataError` if the recording lacks a request or was made from another prompt."""
@@ -54,5 +63,6 @@ class ReplayEngine:
             row = recorded.get(request.seed)
             if row is None or tuple(row["prompt"]) != request.prompt:
                 raise DataError(f"{path}: no completion for {request.example_id}; was it recorded with the same seed and data?")
-            out.append(Completion(tuple(row["completion"]), tuple(row["log_probs"]), row["finish_reason"]))
+            said = Completion(tuple(row["completion"]), tuple(row["log_probs"]), row["finish_reason"], row.get("version", 0))
+            out.append(said)
         return out

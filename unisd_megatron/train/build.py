@@ -24,10 +24,16 @@ from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
+from unisd_megatron.rollout.guard import server_token
 from unisd_megatron.rollout.replay import ReplayEngine
+from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.rollout.transformers import TransformersEngine
-from unisd_megatron.train.step import Learner, Parts
-from unisd_megatron.validation import validate
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.rollouts import Rollouts
+from unisd_megatron.train.step import Parts
+from unisd_megatron.train.sync import Sync
+from unisd_megatron.validation import server_urls, validate
+from unisd_megatron.weights.buckets import WeightStream
 from unisd_megatron.weights.hf import eos_ids
 
 
@@ -78,6 +84,9 @@ def prepare(run: Run, world_size: int) -> Prepared:
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
+    if run.vllm.use_vllm and run.vllm.vllm_mode == "server":
+        guarded = "ask for a token" if server_token() else "ask for no token (UNISD_SERVER_TOKEN is not set)"
+        notes.append(f"vLLM servers {guarded}; the ports that weights go through ask for nothing: private network only")
     if teacher_kind(run) != run.teacher.teacher:
         notes.append("released semantics: the EMA teacher stays where it started")
     max_steps = run.schedule.max_steps or max(
@@ -113,18 +122,34 @@ def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Pa
     )
     student = Student(model, run.layout, run.optimization, prepared.max_steps, grid)
     learner = Learner(student, teacher, Objective(loss_settings(run), grid.data, grid.data_context), prepared.source.arch, grid)
-    lengths = [len(one.views[STUDENT]) for one in prepared.prompts]
-    return Parts(
-        run=run,
-        learner=learner,
-        engine=_engine(run, prepared, grid),
-        sampling=Sampling(
-            run.rollout.temperature, run.rollout.top_p, run.rollout.top_k, run.rollout.max_completion_length, prepared.eos_ids
-        ),
-        sampler=Sampler(lengths, run.layout.global_batch_size, run.schedule.seed),
-        prompts=prepared.prompts,
-        mappings=prepared.source.mappings,
+    return Parts(run, learner, _rollouts(run, prepared, learner))
+
+
+def _rollouts(run: Run, prepared: Prepared, learner: Learner) -> Rollouts:
+    engine = _engine(run, prepared, learner.grid)
+    rollout, seed = run.rollout, run.schedule.seed
+    sampling = Sampling(
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        rollout.max_completion_length,
+        prepared.eos_ids,
+        rollout.min_p,
+        rollout.repetition_penalty,
     )
+    sync = Sync(
+        learner,
+        run.layout,
+        engine,
+        WeightStream(learner.student.model.named_shards, prepared.source.mappings, learner.grid),
+        prepared.prompts,
+        limit=run.logp_gap_limit,
+        sampling=sampling,
+        seed=seed,
+    )
+    sampler = Sampler([len(one.views[STUDENT]) for one in prepared.prompts], run.layout.global_batch_size, seed)
+    lag, last = rollout.max_rollout_lag, prepared.max_steps
+    return Rollouts(engine, sync, sampler, prepared.prompts, sampling, seed=seed, lag=lag, last=last)
 
 
 def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"]:
@@ -135,10 +160,26 @@ def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"]:
 
 
 def _engine(run: Run, prepared: Prepared, grid: Grid) -> RolloutEngine:
+    dtype = torch.bfloat16 if run.layout.bf16 else torch.float32
     if run.rollout.rollout == "replay":
         assert run.rollout.replay_path is not None
         return ReplayEngine(Path(run.rollout.replay_path))
-    return TransformersEngine(prepared.source.path, grid, torch.bfloat16 if run.layout.bf16 else torch.float32)
+    if not run.vllm.use_vllm:
+        return TransformersEngine(prepared.source.path, grid, dtype)
+    if run.vllm.vllm_mode == "server":
+        timeout_s = run.vllm.vllm_server_timeout
+        return ServerEngine(server_urls(run), grid, timeout_s=timeout_s, max_model_len=_longest(run, prepared))
+    from unisd_megatron.rollout.colocated import ColocatedEngine  # imports vLLM, which changes its process
+
+    return ColocatedEngine(prepared.source.path, grid, dtype, run.vllm, max_model_len=_longest(run, prepared))
+
+
+def _longest(run: Run, prepared: Prepared) -> int:
+    """Tokens of the longest prompt and completion that an engine may meet; held-out questions may be as long as allowed."""
+    prompt = max(len(one.views[STUDENT]) for one in prepared.prompts)
+    if run.schedule.eval_steps:
+        prompt = max(prompt, run.data.max_prompt_length)
+    return min(prompt + run.rollout.max_completion_length, prepared.source.arch.max_position)
 
 
 def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from unisd_megatron.config import RELEASED_MAY_NOT_CHANGE, RESUME_MAY_CHANGE, Run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.exchange import broadcast_json
-from unisd_megatron.train.step import Learner
+from unisd_megatron.train.learner import Learner
 from unisd_megatron.weights.hf import copy_companions, read_json, resolve_folder
 
 _NAME = re.compile(r"step_(\d+)")

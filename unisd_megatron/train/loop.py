@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,10 +14,9 @@ from unisd_megatron.batch import STUDENT
 from unisd_megatron.config import Run
 from unisd_megatron.errors import CheckFailed, CheckpointError
 from unisd_megatron.evaluate.run import accuracy, answer
-from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
-from unisd_megatron.rollout.engine import sequence_seed
+from unisd_megatron.rollout.engine import Sampling, sequence_seed
 from unisd_megatron.rollout.replay import require_recordings, rollout_file
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
@@ -42,17 +41,18 @@ def train(run: Run) -> None:
         require_recordings(Path(run.rollout.replay_path or ""), range(first, prepared.max_steps))
     with start.world(platform, run.layout, run.schedule.seed) as grid:
         parts = assemble(run, prepared, platform, grid)
-        if resume is not None:
-            checkpoint.restore(resume, parts.learner)
-        dist.barrier()
-        journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
-        try:
-            _steps(parts, prepared, first, output, journal)
-        finally:
-            if journal is not None:
-                journal.close()
-        if run.schedule.export_hf:
-            _export(parts, prepared, output)
+        with contextlib.closing(parts.rollouts.engine):
+            if resume is not None:
+                checkpoint.restore(resume, parts.learner)
+            dist.barrier()
+            journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
+            try:
+                _steps(parts, prepared, first, output, journal)
+            finally:
+                if journal is not None:
+                    journal.close()
+            if run.schedule.export_hf:
+                _export(parts, prepared, output)
 
 
 def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platform: str, resume: Path | None) -> Journal:
@@ -98,7 +98,7 @@ def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: 
             report = train_step(parts, step)
             if journal is not None:
                 journal.record(step, report.metrics)
-            if schedule.save_rollouts:
+            if schedule.save_rollouts and journal is not None:
                 _record_rollouts(parts, report, step, output)
             if step + 1 == prepared.max_steps or (schedule.save_steps and (step + 1) % schedule.save_steps == 0):
                 saver.save(step + 1)
@@ -112,11 +112,11 @@ def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: 
 
 def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None) -> None:
     """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`."""
-    schedule, grid = parts.run.schedule, parts.learner.grid
+    schedule = parts.run.schedule
     records = prepared.task.load("test", schedule.eval_data_path)[: schedule.eval_examples]
-    parts.engine.refresh(stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid), steps_done)
-    greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
-    score = accuracy(answer(prepared.task, records, prepared.tokenizer, parts.engine, greedy, grid))
+    parts.rollouts.sync.refresh(steps_done)
+    greedy = Sampling(0.0, 1.0, 0, parts.run.rollout.max_completion_length, prepared.eos_ids)
+    score = accuracy(answer(prepared.task, records, prepared.tokenizer, parts.rollouts.engine, greedy))
     if journal is not None:
         journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(records)}")
         with (output / EVALUATIONS).open("a", encoding="utf-8") as stream_:
@@ -124,33 +124,31 @@ def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, j
 
 
 def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> None:
-    """Writes the completions of a step over all replicas, for `--rollout replay`. Collective over the data axis."""
-    grid = parts.learner.grid
+    """Writes the completions of a step, for `--rollout replay`. Rank 0 only."""
     rows = [
         {
             "id": sample.prompts.id,
-            "seed": sequence_seed(parts.run.schedule.seed, step, grid.data.rank + i * grid.data.size),
+            "seed": sequence_seed(parts.run.schedule.seed, step, i),
             "prompt": sample.prompts.views[STUDENT],
             "completion": sample.completion.token_ids,
             "log_probs": sample.completion.log_probs,
             "finish_reason": sample.completion.finish_reason,
+            "version": sample.completion.version,
         }
         for i, sample in enumerate(report.samples)
     ]
-    gathered = all_gather_json(rows, grid.data)
-    if grid.world.rank == 0:
-        path = rollout_file(output / "rollouts", step)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for part in gathered for row in part), encoding="utf-8")
-        partial.replace(path)
+    path = rollout_file(output / "rollouts", step)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
 
 
 def _export(parts: Parts, prepared: Prepared, output: Path) -> None:
     """The student as a Hugging Face folder, `RUN/hf`. Collective."""
     grid = parts.learner.grid
     target = output / "hf"
-    tensors = stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid)
+    tensors = stream.full_tensors(parts.learner.student.model.named_shards(), prepared.source.mappings, grid)
     if grid.world.rank == 0:
         if target.exists():
             shutil.rmtree(target)  # of an earlier end of this same run

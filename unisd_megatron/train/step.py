@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
@@ -12,35 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Completion, MicroBatch, Piece, Prompts, Sample, auxiliary
+from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, MicroBatch, Piece, Sample, auxiliary
 from unisd_megatron.config import Layout, Run
-from unisd_megatron.data import Sampler
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.exchange import all_gather_json
-from unisd_megatron.families import Arch, Mapping
 from unisd_megatron.grid import Grid
 from unisd_megatron.losses.collectives import replicated_use, sum_over
 from unisd_megatron.losses.readout import Readout, compare, sampled_log_probs
-from unisd_megatron.mcore.student import Student
-from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms import feature_distance
-from unisd_megatron.mechanisms.objective import Heard, Objective, TokenStats
+from unisd_megatron.mechanisms.objective import Heard, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
-from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, sequence_seed
 from unisd_megatron.train.balance import divide
 from unisd_megatron.train.collate import Form, Work, cost, lay_out, scatter
-from unisd_megatron.weights import stream
-
-
-@dataclass
-class Learner:
-    """Student, teacher and loss on this rank's part of the layout: everything a gradient needs."""
-
-    student: Student
-    teacher: Teacher
-    objective: Objective
-    arch: Arch
-    grid: Grid
+from unisd_megatron.train.learner import Learner
+from unisd_megatron.train.rollouts import Rollouts
 
 
 @dataclass
@@ -49,16 +33,12 @@ class Parts:
 
     run: Run
     learner: Learner
-    engine: RolloutEngine
-    sampling: Sampling
-    sampler: Sampler
-    prompts: Sequence[Prompts]
-    mappings: Sequence[Mapping]
+    rollouts: Rollouts
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came out of a step; the same numbers on every rank. `samples` are this replica's."""
+    """What came out of a step, the same on every rank. `samples` are those of the whole batch."""
 
     metrics: dict[str, float]
     samples: list[Sample]
@@ -72,17 +52,16 @@ def train_step(parts: Parts, step: int) -> Report:
     """
     clock = _Clock()
     learner, layout = parts.learner, parts.run.layout
-    answered = roll_out(parts, step)
+    samples = parts.rollouts.of_step(step)
     clock.lap("seconds/rollout")
-    work = share_out(
-        exchange(parts, step, answered), learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions
-    )
+    work = share_out(samples, learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions)
     tally = compute_gradients(learner, work, clock)
     if learner.grid.context.rank == 0:
         _count(work, learner, tally)
     merged = gather_tally(tally, learner.grid)
-    _check(merged, parts.run, step)
-    metrics = merged.read()
+    _check(merged, parts, step)
+    metrics = merged.read() | parts.rollouts.sync.metrics
+    metrics["rollout/lag"] = float(step - min(sample.completion.version for sample in samples))
     # Only the last stage saw the divergences; every rank needs the ceiling for the checkpoint.
     learner.objective.ceiling = metrics.get("clip/next_ceiling", learner.objective.ceiling)
     metrics["grad_norm"] = learner.student.gradient_norm()
@@ -91,35 +70,7 @@ def train_step(parts: Parts, step: int) -> Report:
     metrics["learning_rate"] = learner.student.step(step)
     metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
     clock.lap("seconds/optimizer")
-    return Report(metrics | clock.laps | _speed(metrics, clock), answered)
-
-
-def roll_out(parts: Parts, step: int) -> list[Sample]:
-    """The student answers this replica's share of the step's questions. Collective over the replica."""
-    grid = parts.learner.grid
-    indices = parts.sampler.batch(step)
-    mine = range(grid.data.rank, len(indices), grid.data.size)
-    prompts = [parts.prompts[indices[position]] for position in mine]
-    requests = [
-        Request(one.id, one.views[STUDENT], sequence_seed(parts.run.schedule.seed, step, position))
-        for one, position in zip(prompts, mine, strict=True)
-    ]
-    parts.engine.refresh(stream.full_tensors(parts.learner.student.model.named_shards(), parts.mappings, grid), step)
-    completions = parts.engine.generate(requests, parts.sampling)
-    return [Sample(one, completion) for one, completion in zip(prompts, completions, strict=True)]
-
-
-def exchange(parts: Parts, step: int, answered: Sequence[Sample]) -> list[Sample]:
-    """The samples of the whole global batch, in the order of its questions, on every rank. Collective over the data axis."""
-    grid, indices = parts.learner.grid, parts.sampler.batch(step)
-    if grid.data.group is None:
-        return list(answered)
-    rows = all_gather_json([dataclasses.asdict(sample.completion) for sample in answered], grid.data)
-    completions = (rows[i % grid.data.size][i // grid.data.size] for i in range(len(indices)))
-    return [
-        Sample(parts.prompts[index], Completion(tuple(one["token_ids"]), tuple(one["log_probs"]), one["finish_reason"]))
-        for index, one in zip(indices, completions, strict=True)
-    ]
+    return Report(metrics | clock.laps | _speed(metrics, clock), samples)
 
 
 def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
@@ -235,6 +186,12 @@ def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Te
     gap = (said.student_log_probs.detach() - batch.engine_log_probs).abs()
     tally.add_mean("rollout/logp_gap", gap)
     tally.add_max("rollout/logp_gap_max", gap)
+    importance = None
+    if settings.importance_cap is not None:
+        ratio = (said.student_log_probs.detach() - batch.engine_log_probs).exp()
+        importance = ratio.clamp(max=settings.importance_cap)
+        tally.add_mean("rollout/importance", importance)
+        tally.add_mean("rollout/importance_truncated_fraction", (importance < ratio).float())
     feature = feature_distance(replicated_use(rows, group), teacher_rows) if settings.matching_weight else None
     return TokenStats(
         divergence=scatter(said.divergence, batch.mine),
@@ -242,6 +199,7 @@ def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Te
         teacher_log_probs=scatter(said.teacher_log_probs, batch.mine),
         entropy=scatter(said.entropy.detach(), batch.mine),
         feature=None if feature is None else scatter(feature, batch.mine),
+        importance=None if importance is None else scatter(importance, batch.mine),
     )
 
 
@@ -253,13 +211,15 @@ def gather_tally(tally: Tally, grid: Grid) -> Tally:
     return Tally.merge(part for part in parts if part is not None)
 
 
-def _check(tally: Tally, run: Run, step: int) -> None:
+def _check(tally: Tally, parts: Parts, step: int) -> None:
+    run = parts.run
     if tally.faults:
         raise CheckFailed(f"step {step}: not finite: {', '.join(tally.faults)}; the last checkpoint is untouched")
     metrics = tally.read()
     gap = metrics.get("rollout/logp_gap", 0.0)
-    recorded = run.rollout.rollout == "replay"  # by other weights, if the run it repeats was another
-    if not recorded and not gap <= run.logp_gap_limit:
+    # Not so: what was recorded or sampled by other weights, and log-probs renormalised over what top-p and such leave.
+    comparable = run.rollout.rollout != "replay" and not run.rollout.max_rollout_lag and parts.rollouts.sampling.is_plain
+    if comparable and not gap <= run.logp_gap_limit:
         raise CheckFailed(
             f"step {step}: the rollout engine's log-probs differ from Megatron's by {gap:.3g} nats on average, more than "
             f"--max_logp_gap {run.logp_gap_limit:g}; its weights are stale or wrong"

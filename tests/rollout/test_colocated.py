@@ -1,0 +1,99 @@
+"""Real vLLM in the ranks of a TP=2 x PP=2 trainer: what it samples with is what Megatron trains, or the run stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import colocated_checks as checks
+from distributions import log_probs_of
+from unisd_megatron.weights.hf import save_folder
+from unisd_megatron.weights.tiny import EOS_ID, PAD_ID
+
+pytest.importorskip("vllm")
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,  # the smallest that vLLM's CPU attention takes; its qwen2 wants hidden size / heads
+    "max_position_embeddings": 512,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+}
+
+
+def write_models(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, kind in (("qwen2", Qwen2Config), ("llama", LlamaConfig)):
+        for tied in (True, False):
+            model = AutoModelForCausalLM.from_config(kind(**SHAPE, tie_word_embeddings=tied))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+            model.save_pretrained(folder / f"{name}-{'tied' if tied else 'untied'}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("colocated")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    """One launch of everything."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", checks.__file__, str(folder)]
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_log_probs_are_megatrons_after_the_first_sync_and_the_tenth(found: dict[str, Any]) -> None:
+    assert len(found["gaps"]) == 4
+    for case, gaps in found["gaps"].items():
+        assert len(gaps) == checks.SYNCS
+        assert max(gaps) <= 1e-5, (case, gaps)
+        assert max(gaps) > 0, case  # the engine computes in an order of its own; equality would mean nobody looked
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("one element corrupted", "its weights or caches are stale"),
+        ("cache not reset", "its weights or caches are stale"),
+        ("tied head stale", "nothing came for the engine's"),
+        ("tied head stale, first sync", "nothing came for the engine's"),
+        ("healthy again", "accepted"),
+    ],
+)
+def test_a_broken_sync_stops_the_run(found: dict[str, Any], fault: str, words: str) -> None:
+    assert words in found["faults"][fault]
+
+
+def test_completions_are_draws_from_the_sampling_distribution(found: dict[str, Any], folder: Path) -> None:
+    """The weights that Megatron streamed, the log-probs that vLLM reported, and the definition of every sampling setting."""
+    save_folder(folder / "hf", folder / "qwen2-tied", torch.load(folder / "weights.pt", weights_only=True).items())
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    for sampling, said in zip((checks.WARM, checks.SHAPED), found["completions"], strict=True):
+        assert len(said) == len(checks.requests())
+        for request, (ids, log_probs, reason) in zip(checks.requests(), said, strict=True):
+            assert (reason == "stop") == (ids[-1] == EOS_ID) and len(log_probs) == len(ids)
+            assert log_probs == pytest.approx(log_probs_of(model, request.prompt, ids, sampling), abs=2e-5)

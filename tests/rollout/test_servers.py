@@ -1,0 +1,394 @@
+"""Clients of rollout servers, where a server fails in every way that can be had over a socket; no vLLM.
+
+What the real one answers is tested in test_vllm_servers.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from unisd_megatron.batch import Completion
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.rollout.engine import Request, Sampling
+from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
+from unisd_megatron.rollout.server import Server, ServerError
+
+EOS = 1
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=6, eos_ids=(EOS,))
+PATIENT_S = 60.0  # for servers that answer
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(f"q{i}", (5, i, 7), 1000 + i) for i in range(count)]
+
+
+def sampled(prompt: list[int], seed: int) -> Completion:
+    """What a server with the right weights answers: a function of the prompt and the seed."""
+    digest = hashlib.sha256(f"{prompt}{seed}".encode()).digest()
+    tokens = [2 + byte % 90 for byte in digest[: SAMPLING.max_tokens]]
+    ended = digest[-1] % 2 == 1
+    tokens = [*tokens[:3], EOS] if ended else tokens
+    return Completion(tuple(tokens), tuple(-digest[i] / 64 for i in range(len(tokens))), "stop" if ended else "length")
+
+
+EXPECTED = [sampled(list(one.prompt), one.seed) for one in requests(200)]
+
+
+def answer(body: dict[str, Any]) -> dict[str, Any]:
+    one = sampled(body["prompt"], body["seed"])
+    choice = {
+        "index": 0,
+        "text": "",
+        "token_ids": list(one.token_ids),
+        "prompt_token_ids": body["prompt"],
+        "logprobs": {"token_logprobs": list(one.log_probs)},
+        "finish_reason": one.finish_reason,
+    }
+    return {"object": "text_completion", "choices": [choice]}
+
+
+class Fake(ThreadingHTTPServer):
+    """A server whose `complete(handler, body)` a test may exchange for a failure."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.complete: Callable[[Handler, dict[str, Any]], None] = lambda handler, body: handler.say(answer(body))
+        self.healthy = True
+        self.version: Any = "v7"
+        self.asked: list[list[int]] = []  # prompts
+        self.opened = threading.Event()  # ends whatever hangs
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def client(self, timeout_s: float = PATIENT_S) -> Server:
+        return Server(self.url, None, timeout_s)
+
+    def end(self) -> None:
+        self.opened.set()
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fake
+    protocol_version = "HTTP/1.0"  # one connection and one thread per call, so that none is left
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.say({}, 200 if self.server.healthy else 503)
+        elif self.path == "/weight_info":
+            self.say({"weight_version": self.server.version})
+        else:
+            self.say({"world_size": 0, "data": [{"max_model_len": None}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path == "/v1/completions":
+            self.server.asked.append(body["prompt"])
+            self.server.complete(self, body)
+        else:
+            self.say({})
+
+    def say(self, thing: Any, status: int = 200) -> None:
+        content = thing if isinstance(thing, bytes) else json.dumps(thing).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def die(handler: Handler, body: dict[str, Any]) -> None:
+    """Closes the connection in the middle of the answer, as a killed process does."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choi')
+    handler.close_connection = True
+
+
+def hang(handler: Handler, body: dict[str, Any]) -> None:
+    handler.server.opened.wait(20)
+    handler.close_connection = True
+
+
+def trickle(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    while not handler.server.opened.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+def refuse(handler: Handler, body: dict[str, Any]) -> None:
+    handler.say({"error": {"message": "maximum context length is 4"}}, 400)
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[Fake]]:
+    threads = set(threading.enumerate())
+    made = [Fake() for _ in range(3)]
+    yield made
+    for fake in made:
+        fake.end()
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - threads) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left, "threads outlived their pool"
+
+
+def pool_of(*fakes: Fake, timeout_s: float = PATIENT_S, **options: int) -> ServerPool:
+    return ServerPool([fake.client(timeout_s) for fake in fakes], **{"concurrency": 8} | options)
+
+
+@pytest.fixture
+def fake(fakes: list[Fake]) -> Fake:
+    return fakes[0]
+
+
+def changed(**what: Any) -> Callable[[Handler, dict[str, Any]], None]:
+    """A completion of six tokens with other fields."""
+
+    def complete(handler: Handler, body: dict[str, Any]) -> None:
+        right = {
+            "token_ids": [9, 8, 7, 6, 5, 4],
+            "prompt_token_ids": body["prompt"],
+            "logprobs": {"token_logprobs": [-0.5] * 6},
+            "finish_reason": "length",
+        }
+        handler.say({"choices": [right | what]})
+
+    return complete
+
+
+GARBAGE = {
+    "no JSON": lambda handler, body: handler.say(b"<html>"),
+    "not UTF-8": lambda handler, body: handler.say(b'{"choices": "\xff"}'),
+    "nested without end": lambda handler, body: handler.say(b"[" * 200_000),
+    "a list": lambda handler, body: handler.say([1]),
+    "no choices": lambda handler, body: handler.say({"choices": []}),
+    "two choices": lambda handler, body: handler.say({"choices": answer(body)["choices"] * 2}),
+    "choice without fields": lambda handler, body: handler.say({"choices": [{}]}),
+    "another prompt": changed(prompt_token_ids=[5, 7]),
+    "text for tokens": changed(token_ids="abcdef"),
+    "a float among the tokens": changed(token_ids=[9, 8, 7, 6, 5, 4.0]),
+    "true among the tokens": changed(token_ids=[9, 8, 7, 6, 5, True]),
+    "a negative token": changed(token_ids=[9, 8, 7, 6, 5, -4]),
+    "no tokens": changed(token_ids=[], logprobs={"token_logprobs": []}),
+    "too many tokens": changed(token_ids=[9] * 7, logprobs={"token_logprobs": [-0.5] * 7}),
+    "no log-probs": changed(logprobs=None),
+    "too few log-probs": changed(logprobs={"token_logprobs": [-0.5] * 5}),
+    "a log-prob that is null": changed(logprobs={"token_logprobs": [-0.5] * 5 + [None]}),
+    "a log-prob that is NaN": changed(logprobs={"token_logprobs": [-0.5] * 5 + [float("nan")]}),
+    "a log-prob of minus infinity": changed(logprobs={"token_logprobs": [-0.5] * 5 + [float("-inf")]}),
+    "a log-prob above zero": changed(logprobs={"token_logprobs": [-0.5] * 5 + [0.01]}),
+    "stop without an end": changed(finish_reason="stop"),
+    "length with an end": changed(token_ids=[9, 8, 7, 6, 5, EOS]),
+    "tokens behind the end": changed(token_ids=[9, 8, EOS, 6, 5, EOS], finish_reason="stop"),
+    "cut too early": changed(token_ids=[9, 8], logprobs={"token_logprobs": [-0.5] * 2}),
+    "aborted": changed(finish_reason="abort"),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_is_called_garbage(fake: Fake, what: str) -> None:
+    fake.complete = GARBAGE[what]
+    with pytest.raises(ServerError) as caught:
+        fake.client().complete(requests(1)[0], SAMPLING)
+    assert str(caught.value).startswith(f"{fake.url}/v1/completions answered garbage: ")
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    fake.complete = changed()  # the same answer without the fault
+    assert fake.client().complete(requests(1)[0], SAMPLING).token_ids == (9, 8, 7, 6, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [(die, ""), (hang, "no answer within 0.4 s"), (trickle, "no answer within 0.4 s"), (refuse, "400 {")],
+)
+def test_a_server_that_fails_says_where_in_bounded_time(fake: Fake, behaviour: Any, words: str) -> None:
+    fake.complete = behaviour
+    with pytest.raises(ServerError) as caught:
+        fake.client(0.4).complete(requests(1)[0], SAMPLING)
+    assert str(caught.value).startswith(f"{fake.url}/v1/completions: ") and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_control_calls_check_their_answers(fake: Fake) -> None:
+    server = fake.client()
+    assert server.healthy() and server.weight_version() == "v7"
+    fake.healthy, fake.version = False, 7
+    assert not server.healthy()
+    garbled = (server.weight_version, server.world_size, server.max_model_len, server.reset_prefix_cache)
+    for call in (*garbled, lambda: server.call("checksum")):
+        with pytest.raises(ServerError, match="answered garbage"):
+            call()
+    fake.end()
+    assert not server.healthy()
+    with pytest.raises(ServerError, match=f"{fake.url}/weight_info: .*refused"):
+        server.weight_version()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://a", "http://", "http://user:secret@a:1", "http://a:b"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="http://host:port"):
+        Server(url, None, 1.0)
+
+
+def test_completions_come_in_order_from_all_servers(fakes: list[Fake]) -> None:
+    pool = pool_of(*fakes)
+    assert pool.generate(requests(60), SAMPLING, "v7") == EXPECTED[:60]
+    assert all(len(one.asked) >= 10 for one in fakes)
+    assert sum(len(one.asked) for one in fakes) == 60
+    assert pool.generate([], SAMPLING, "v7") == []
+
+
+def after(count: int, behaviour: Any, *, healthy: bool = False) -> Callable[[Handler, dict[str, Any]], None]:
+    """Answers `count` requests, and then fails like this."""
+
+    def complete(handler: Handler, body: dict[str, Any]) -> None:
+        if len(handler.server.asked) <= count:
+            handler.say(answer(body))
+        else:
+            handler.server.healthy = healthy
+            behaviour(handler, body)
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "version"), [(die, None), (die, "v7"), (hang, "v7"), (GARBAGE["no JSON"], "v7")], ids=lambda x: str(x)[:14]
+)
+def test_a_server_lost_in_the_middle_of_a_batch_loses_no_sample(fakes: list[Fake], behaviour: Any, version: str | None) -> None:
+    fakes[1].complete = after(5, behaviour)
+    pool = pool_of(*fakes, timeout_s=2.0 if behaviour is hang else PATIENT_S)
+    assert pool.generate(requests(60), SAMPLING, version) == EXPECTED[:60]
+    assert [one.url for one in pool.lost] == [fakes[1].url]
+    assert [one.url for one in pool.live] == [fakes[0].url, fakes[2].url]
+    asked = len(fakes[1].asked)
+    assert pool.generate(requests(60), SAMPLING, version) == EXPECTED[:60]
+    assert len(fakes[1].asked) == asked  # lost until it is admitted
+
+
+def test_a_healthy_server_may_fail_once_but_not_three_times_in_a_row(fakes: list[Fake]) -> None:
+    def every_third(handler: Handler, body: dict[str, Any]) -> None:
+        (die if len(handler.server.asked) % 3 == 0 else lambda h, b: h.say(answer(b)))(handler, body)
+
+    fakes[0].complete = every_third
+    pool = pool_of(fakes[0], fakes[1], concurrency=1)
+    assert pool.generate(requests(30), SAMPLING, "v7") == EXPECTED[:30]
+    assert not pool.lost and len(fakes[0].asked) > 3
+    fakes[0].complete = after(0, GARBAGE["no JSON"], healthy=True)
+    fakes[0].asked.clear()
+    pool = pool_of(fakes[0], fakes[1], concurrency=1)
+    assert pool.generate(requests(30), SAMPLING, "v7") == EXPECTED[:30]
+    assert [one.url for one in pool.lost] == [fakes[0].url] and len(fakes[0].asked) == 3
+
+
+def test_completions_of_other_weights_are_thrown_away(fakes: list[Fake]) -> None:
+    fakes[2].version = "default"
+    fakes[2].complete = changed()  # what a restarted server samples is well-formed, and wrong
+    pool = pool_of(*fakes)
+    assert pool.generate(requests(60), SAMPLING, "v7") == EXPECTED[:60]
+    assert fakes[2].asked and [one.url for one in pool.lost] == [fakes[2].url]
+    fakes[0].version = fakes[1].version = "v8"
+    with pytest.raises(NoServerLeft, match=f"{fakes[2].url}: holds weights 'default' where 'v7' were sent"):
+        pool.generate(requests(10), SAMPLING, "v7")
+
+
+def test_a_server_comes_back_only_when_it_is_admitted(fakes: list[Fake]) -> None:
+    fakes[0].complete = after(2, die)
+    pool = pool_of(fakes[0], fakes[1])
+    assert pool.generate(requests(20), SAMPLING, "v7") == EXPECTED[:20]
+    assert pool.revive() == []  # it is not healthy yet
+    fakes[0].healthy, fakes[0].complete = True, fakes[1].complete
+    fakes[0].asked.clear()
+    (back,) = pool.revive()
+    assert back.url == fakes[0].url and back in pool.lost
+    pool.generate(requests(20), SAMPLING, "v7")
+    assert not fakes[0].asked  # it may hold any weights
+    pool.admit(back)
+    assert not pool.lost and pool.generate(requests(20), SAMPLING, "v7") == EXPECTED[:20]
+    assert fakes[0].asked
+
+
+@pytest.mark.parametrize("behaviour", [die, hang])
+def test_with_none_left_it_stops_and_names_them_all(fakes: list[Fake], behaviour: Any) -> None:
+    for one in fakes:
+        one.complete = after(3, behaviour)
+    pool = pool_of(*fakes, attempts=9, timeout_s=0.5 if behaviour is hang else PATIENT_S)
+    with pytest.raises(NoServerLeft) as caught:
+        pool.generate(requests(200), SAMPLING, "v7")
+    line = str(caught.value)
+    assert "\n" not in line and all(f"{one.url}/v1/completions: " in line for one in fakes)
+    asked = sum(len(one.asked) for one in fakes)
+    with pytest.raises(NoServerLeft):
+        pool.generate(requests(1), SAMPLING, "v7")
+    assert sum(len(one.asked) for one in fakes) == asked
+
+
+def test_a_request_that_every_server_refuses_is_named(fakes: list[Fake]) -> None:
+    def all_but_one(handler: Handler, body: dict[str, Any]) -> None:
+        (refuse if body["prompt"] == [5, 11, 7] else lambda h, b: h.say(answer(b)))(handler, body)
+
+    for one in fakes:
+        one.complete = all_but_one
+    pool = pool_of(*fakes)
+    with pytest.raises(ServerError, match=r"request q11 failed 3 times; http.*maximum context length"):
+        pool.generate(requests(40), SAMPLING, "v7")
+    assert all([5, 11, 7] in one.asked for one in fakes)  # three servers, not one of them three times
+    assert not pool.lost
+
+
+def test_batches_of_the_background_come_one_after_the_other(fakes: list[Fake]) -> None:
+    pool = pool_of(*fakes)
+    futures = [pool.submit(requests(200)[start : start + 20], SAMPLING, "v7") for start in (0, 20, 40)]
+    assert [future.result(20) for future in futures] == [EXPECTED[:20], EXPECTED[20:40], EXPECTED[40:60]]
+    for one in fakes:
+        one.complete = after(0, die)
+    with pytest.raises(NoServerLeft):
+        pool.submit(requests(9), SAMPLING, "v7").result(20)
+    pool.close()
+
+
+def test_closing_ends_a_batch_under_way(fake: Fake) -> None:
+    busy = threading.Event()
+
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        busy.set()
+        time.sleep(0.1)
+        handler.say(answer(body))
+
+    fake.complete = slow
+    pool = pool_of(fake, concurrency=2)
+    future = pool.submit(requests(200), SAMPLING, "v7")
+    assert busy.wait(10)
+    pool.close()
+    with pytest.raises(ServerError, match="pool of vLLM servers is closed"):
+        future.result(0)
+    assert len(fake.asked) < 20
+    with pytest.raises(ServerError, match="pool of vLLM servers is closed"):
+        pool.generate(requests(1), SAMPLING, "v7")
+
+
+def test_a_pool_needs_servers_of_different_names() -> None:
+    for urls in ([], ["http://a:1", "http://b:1", "http://a:1/"]):
+        with pytest.raises(ConfigError, match="name one or more, each once"):
+            ServerPool([Server(url, None, 1.0) for url in urls])

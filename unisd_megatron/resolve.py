@@ -1,0 +1,111 @@
+"""What was asked for -> a `Run`: dataclass default < mode row (`modes.MODES`) < `--config` file < command line. No torch here.
+
+The origin of each value is kept. A setting that would be ignored is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from unisd_megatron.config import GROUPS, VLLM_COLOCATE, VLLM_SERVER, Run, Vllm, all_settings, setting_type
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.modes import MODES
+
+
+def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name: str = "--config") -> Run:
+    """The run that the command line and a configuration file ask for.
+
+    Args: flags: values given on the command line, by field name; file_values: the same from a file.
+    Raises `ConfigError` for unknown names, wrong types, an unknown mode, and flags of mechanisms that are off.
+    """
+    known = {item.name: (group, item) for group, item in all_settings()}
+    for name in file_values:
+        if name not in known and name not in ("mode", "model_name"):
+            raise ConfigError(f"{file_name}: unknown setting {name!r}; `unisd train --help` lists them")
+    given = {**file_values, **flags}
+    mode = given.get("mode", "unisd_star")
+    if mode not in MODES:
+        raise ConfigError(f"unknown --mode {mode!r}; use one of {', '.join(MODES)}")
+    if not given.get("model_name"):
+        raise ConfigError("--model_name is missing; give a Hugging Face folder or hub id")
+    row = dict(MODES[mode].defaults)
+    if given.get("token_clip_quantile") is not None:
+        row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
+    values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    origins = {
+        name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")
+    }
+    for name, (group, item) in known.items():
+        source, origin = next(
+            ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s),
+            ({name: item.default}, "default"),
+        )
+        values[group][name] = _checked(GROUPS[group], name, source[name], origin if origin != "file" else file_name)
+        origins[name] = origin
+    run = Run(
+        mode=mode,
+        model_name=str(given["model_name"]),
+        origins=origins,
+        **{group: cls(**values[group]) for group, cls in GROUPS.items()},
+    )
+    _refuse_idle_flags(run)
+    return run
+
+
+def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
+    kind, choices, optional = setting_type(cls, name)
+    stated = f"--{name}" if origin == "flag" else f"{origin}: {name}"
+    if value is None:
+        if optional:
+            return None
+        raise ConfigError(f"{stated} must not be empty")
+    if choices is not None:
+        if value not in choices:
+            raise ConfigError(f"{stated} is {value!r}; use one of {', '.join(choices)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{stated} is {value}; expected a finite number")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{stated} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def _refuse_idle_flags(run: Run) -> None:
+    """A setting that would be ignored is an error (the released code ignores it silently)."""
+    asked = {name for name, origin in run.origins.items() if origin in ("flag", "file")}
+    teacher = run.teacher.teacher
+    idle = [
+        (run.agreement is None, {"gamma_agreement", "agreement_stat"}, "the agreement modes and unisd_star"),
+        (
+            run.objective.contrastive_weight == 0,
+            {"contrastive_margin"},
+            "--contrastive_weight, mode contrastive and unisd_star",
+        ),
+        (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
+        (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
+        (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
+        (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
+        (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
+        (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),
+        (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--vllm_mode server"),
+        (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
+        (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
+        (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),
+        (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),
+    ]
+    flat = run.flat()
+    defaults = {item.name: item.default for _, item in all_settings()}
+    for off, names, switch in idle:
+        for name in sorted(names & asked):
+            # A file may state a default for the record; only a value that differs from it asks for something.
+            if off and not (run.origins[name] == "file" and flat[name] in (None, 0, defaults[name])):
+                raise ConfigError(f"--{name} does nothing in --mode {run.mode} as configured; it acts with {switch}")

@@ -1,0 +1,193 @@
+"""vLLM in the training processes: engines of `tensor_parallel_size` ranks each, fed by reference.
+
+Every rank is a worker of one engine (`external_launcher`); engines answer their share of the prompts and exchange token ids.
+Requests carry seeds of their own, so what is sampled does not depend on the number of engines.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unisd_megatron.batch import Completion
+from unisd_megatron.config import Vllm
+from unisd_megatron.errors import CheckFailed, ConfigError
+from unisd_megatron.exchange import all_gather_json
+from unisd_megatron.grid import Grid
+from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.link import checksum
+from unisd_megatron.weights import internlm3
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+EXTENSION = "unisd_megatron.rollout.vllm_worker.WorkerExtension"
+
+# Read by vLLM when it is imported. The first makes this process the worker, so that tensors pass by reference. Below errors,
+# vLLM warns at every sync of modules that have no weights to load.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+_CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+_CPU_BLOCK = 32  # tokens of a cache block
+
+
+class ColocatedEngine:
+    """Args: folder: Hugging Face checkpoint, for shapes (weights come with the first refresh); dtype: of the engine's weights;
+    max_model_len: prompt and completion together, tokens. Collective over the world.
+
+    Raises `ConfigError` without vLLM.
+    """
+
+    def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, *, max_model_len: int) -> None:
+        self._grid, self._size, self._version = grid, settings.vllm_tensor_parallel_size, 0
+        self._rests = settings.vllm_enable_sleep_mode
+        on_cpu = grid.device.type == "cpu"
+        if self._rests and on_cpu:
+            raise ConfigError("--vllm_enable_sleep_mode frees GPU memory and there is no GPU; drop it")
+        for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
+            os.environ.setdefault(name, value)
+        state = torch.get_rng_state()
+        self._llm = _start(folder, grid, dtype, settings, max_model_len)
+        torch.set_rng_state(state)  # vLLM seeds the whole process
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    def refresh(self, weights: Weights, step: int) -> None:
+        """See `RolloutEngine.refresh`. Buckets reach this rank's worker by reference, never copied in between."""
+        if self._rests:
+            self._llm.wake_up(tags=["weights"])
+        try:
+            self._llm.start_weight_update()
+            for number, bucket in enumerate(weights.everywhere(), start=1):
+                self._llm.update_weights({"update_info": _update(bucket, last=number == len(weights))})
+            self._llm.finish_weight_update(str(step))
+        except ValueError as error:
+            raise CheckFailed(f"weight sync of step {step}: {error}") from error
+        if self._rests:
+            self._llm.wake_up(tags=["kv_cache"])
+        if not self._llm.reset_prefix_cache():
+            raise CheckFailed(f"weight sync of step {step}: vLLM did not drop its cache of the old weights")
+        self._version = step
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `RolloutEngine.fingerprints`; those of this rank's shards."""
+        (mine,) = self._llm.collective_rpc("unisd_fingerprints")
+        return mine
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `RolloutEngine.generate`."""
+        world = self._grid.world
+        engine, engines = world.rank // self._size, world.size // self._size
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        by_engine = self._said(requests, order[engine::engines], sampling)
+        merged = {i: completion for one in by_engine for i, completion in one.items()}
+        return [merged[i] for i in range(len(requests))]
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """See `RolloutEngine.probe`."""
+        everything = range(len(requests))
+        return [[one[i] for i in everything] for one in self._said(requests, everything, sampling)]
+
+    def _said(self, requests: Sequence[Request], mine: Sequence[int], sampling: Sampling) -> list[dict[int, Completion]]:
+        """What each engine says to the requests that are its own, by number. Collective over the world."""
+        from vllm import TokensPrompt
+
+        said = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=list(requests[i].prompt)) for i in mine],
+            [_parameters(requests[i], sampling) for i in mine],
+            use_tqdm=False,
+        )
+        plain = [[i, *_plain(one.outputs[0])] for i, one in zip(mine, said, strict=True)]
+        # All ranks of an engine say the same; the first of each speaks.
+        every = all_gather_json(plain, self._grid.world)[:: self._size]
+        return [
+            {i: Completion(tuple(ids), tuple(log_probs), reason, self._version) for i, ids, log_probs, reason in one}
+            for one in every
+        ]
+
+    def rest(self) -> None:
+        """See `RolloutEngine.rest`: weights and cache leave the GPU; the next refresh brings both back."""
+        if self._rests:
+            self._llm.sleep(level=2)
+
+    def close(self) -> None:
+        """Ends the engine. To be called last of all: vLLM's shutdown takes the default process group down, Megatron's."""
+        del self._llm
+        gc.collect()
+
+
+def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_model_len: int) -> LLM:
+    try:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from unisd_megatron.rollout.vllm_worker import BACKEND
+    except ImportError as error:
+        raise ConfigError(f"--use_vllm: vLLM cannot be imported ({error}); install it, or leave --use_vllm out") from error
+    internlm3.register()
+    where: dict[str, Any]
+    if grid.device.type == "cpu":
+        where = {
+            "kv_cache_memory_bytes": int(settings.vllm_kv_cache_gib * 2**30),
+            "block_size": _CPU_BLOCK,
+            "enforce_eager": True,
+        }
+    else:
+        where = {
+            "gpu_memory_utilization": settings.vllm_gpu_memory_utilization,
+            "enable_sleep_mode": settings.vllm_enable_sleep_mode,
+        }
+    if grid.world.size > 1:
+        where["distributed_executor_backend"] = "external_launcher"
+    return LLM(
+        model=str(folder),
+        dtype=str(dtype).removeprefix("torch."),
+        tensor_parallel_size=settings.vllm_tensor_parallel_size,
+        max_model_len=max_model_len,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # no defaults of the checkpoint's
+        logprobs_mode="processed_logprobs",  # of the sampling distribution
+        load_format="dummy",
+        seed=0,
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=EXTENSION,
+        **where,
+    )
+
+
+def _update(bucket: Sequence[tuple[str, torch.Tensor]], *, last: bool) -> dict[str, Any]:
+    return {
+        "names": [name for name, _ in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+        "dtype": str(bucket[0][1].dtype).removeprefix("torch."),
+        "checksums": [checksum(tensor) for _, tensor in bucket],
+        "last": last,
+        "tensors": [tensor for _, tensor in bucket],
+    }
+
+
+def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=request.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.eos_ids),
+        ignore_eos=True,  # of the model's own; ours are the stop tokens
+        logprobs=0,
+        detokenize=False,
+    )
+
+
+def _plain(output: Any) -> list[Any]:
+    ids = list(output.token_ids)
+    return [ids, [output.logprobs[i][token].logprob for i, token in enumerate(ids)], output.finish_reason]

@@ -1,0 +1,285 @@
+"""vLLM servers as the rollout engine: rank 0 talks to them over HTTP, each pipeline stage sends its own weights to them.
+
+For every server and stage there is a `Link` between the stage's sender (its first rank of replica 0) and the server's workers.
+Rank 0 drives: it announces a bucket to all servers, the stage that holds it sends it, and who did not take it is lost until it
+comes back and has been given everything. Nobody gets a prompt before it holds the current weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from unisd_megatron.batch import Completion
+from unisd_megatron.errors import CheckFailed, UnisdError
+from unisd_megatron.exchange import all_gather_json, broadcast_json
+from unisd_megatron.grid import Grid
+from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.guard import server_token
+from unisd_megatron.rollout.link import Link, checksum
+from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
+from unisd_megatron.rollout.server import Server, ServerError
+
+
+class ServerEngine:
+    """Args: urls: of the servers, all with the run's model; timeout_s: until a silent server counts as lost; max_model_len:
+    the longest prompt and completion together, tokens. Every method is collective over the world.
+    """
+
+    def __init__(self, urls: Sequence[str], grid: Grid, *, timeout_s: float, max_model_len: int) -> None:
+        self._grid, self._timeout_s, self._version = grid, timeout_s, 0
+        self._drives = grid.world.rank == 0
+        self._replica_0 = grid.data.rank == 0 and grid.context.rank == 0
+        self._sends = self._replica_0 and grid.tensor.rank == 0
+        self._links: dict[str, Link] = {}  # by URL, on senders
+        self._pending: list[tuple[int, Future[list[Completion]]]] = []  # on rank 0, with the version that samples it
+        self._run = secrets.token_hex(4)  # so that a server which still holds another run's weights is not taken for ours
+        self._pool = self._open_pool(urls) if self._drives else None
+        self._on_driver(lambda pool: self._check_room(pool, max_model_len))
+
+    def _open_pool(self, urls: Sequence[str]) -> ServerPool:
+        servers = [Server(url, server_token(), self._timeout_s) for url in urls]
+        pool = ServerPool(servers)
+        for server in servers:
+            pool.lose(server, f"{server.url}: holds no weights of this run yet")
+        return pool
+
+    def _check_room(self, pool: ServerPool, needed: int) -> None:
+        """vLLM would cut completions that do not fit, without a word."""
+        for server in pool.revive():
+            with contextlib.suppress(ServerError):
+                if (room := server.max_model_len()) < needed:
+                    raise NoServerLeft(
+                        f"{server.url} takes {room} tokens and this run has up to {needed}; raise --max_model_len"
+                    )
+
+    def _name(self, version: int) -> str:
+        return f"{self._run}-{version}"
+
+    def refresh(self, weights: Weights, step: int) -> None:
+        """See `RolloutEngine.refresh`. Lost servers that answer again are taken back in."""
+        if self._pool is not None:
+            wait([future for _, future in self._pending])  # what is being sampled keeps its weights
+        if self._replica_0:
+            self._send(weights, step)
+        self._on_driver(lambda pool: self._finish(pool, step))
+        self._version = step
+
+    def _send(self, weights: Weights, step: int) -> None:
+        """All ranks of replica 0 bring their buckets; its senders carry them."""
+        urls: list[str] = self._meet() if self._sends else []
+        if self._sends:
+            failed = self._together(urls, lambda server: server.start_weight_update(), lambda url: None)
+            urls = [url for url in urls if url not in failed]
+        for number in range(len(weights)):
+            flat = weights.flat(number)  # a collective of the stage's tensor-parallel ranks
+            if self._sends:
+                urls = self._carry(weights, number, flat, urls)
+
+    def _meet(self) -> list[str]:
+        """The servers that take part in this sync, links to all of them open. Collective over the senders."""
+        axis = self._grid.pipeline
+        plan: list[tuple[str, int]] = []
+        if self._pool is not None:
+            known = [server for server in self._pool.live if server.url in self._links]
+            plan = [(server.url, 0) for server in known]
+            for server in self._pool.revive():
+                with contextlib.suppress(ServerError):
+                    plan.append((server.url, server.world_size()))
+        plan = [(url, workers) for url, workers in broadcast_json(plan, 0, axis)]
+        self._links = {url: self._links[url] for url, workers in plan if not workers}
+        for url, workers in plan:
+            if workers:
+                self._links[url] = Link(_our_address(url), 0, 0, 1 + workers, self._backend, self._timeout_s)
+        ports = {url: [_our_address(url), self._links[url].port] for url, workers in plan if workers}
+        senders = all_gather_json(ports, axis)
+        joining = [url for url, workers in plan if workers]
+        failed = self._together(
+            joining,
+            lambda server: server.init_weight_transfer(
+                {
+                    "senders": [one[server.url] for one in senders],
+                    "backend": self._backend,
+                    "timeout_s": self._timeout_s,
+                }
+            ),
+            lambda url: self._links[url].open(),
+        )
+        return [url for url, _ in plan if url not in failed]
+
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self._grid.device.type == "cuda" else "gloo"
+
+    def _carry(self, weights: Weights, number: int, flat: Tensor | None, urls: list[str]) -> list[str]:
+        """One bucket to the servers; those that took it. Collective over the senders."""
+        names, shapes, dtype = weights.contents(number)
+        sums: list[int] = []
+        if flat is not None:
+            parts = flat.split([_count(shape) for shape in shapes])
+            sums = [checksum(part) for part in parts]
+        stage = weights.stage(number)
+        sums = broadcast_json(sums, stage, self._grid.pipeline)
+        update = {"names": names, "shapes": shapes, "dtype": dtype, "checksums": sums, "source": stage}
+        update["last"] = number == len(weights) - 1
+        failed = self._together(
+            urls,
+            lambda server: server.update_weights(update),
+            lambda url: self._links[url].carry(flat) if flat is not None else None,
+        )
+        return [url for url in urls if url not in failed]
+
+    def _together(self, urls: Sequence[str], ask: Callable[[Server], None], do: Callable[[str], None]) -> set[str]:
+        """Rank 0 asks every server while each sender does its part; those with which anything failed, which now are lost."""
+        faults: dict[str, str] = {}
+        with ThreadPoolExecutor(max(len(urls), 1)) as threads:
+            asked = {url: threads.submit(ask, self._server(url)) for url in urls} if self._drives else {}
+            for url in urls:
+                try:
+                    do(url)
+                except RuntimeError as error:  # torch's: the other end is gone, or did not come
+                    faults[url] = f"{url}: weights could not be sent ({str(error).splitlines()[0][:200]})"
+            for url, future in asked.items():
+                try:
+                    future.result()
+                except ServerError as error:
+                    faults[url] = str(error)
+        every = all_gather_json(faults, self._grid.pipeline)
+        merged = {url: said for one in reversed(every) for url, said in one.items()}
+        self._lose(merged)
+        return set(merged)
+
+    def _lose(self, faults: dict[str, str]) -> None:
+        for url, said in faults.items():
+            self._links.pop(url, None)
+            if self._pool is not None:
+                self._pool.lose(self._server(url), said)
+
+    def _server(self, url: str) -> Server:
+        assert self._pool is not None
+        return next(server for server in [*self._pool.live, *self._pool.lost] if server.url == url)
+
+    def _finish(self, pool: ServerPool, step: int) -> None:
+        """Closes the update on every server that took all of it, and puts those to work."""
+        for url in list(self._links):
+            server = self._server(url)
+            try:
+                server.finish_weight_update(self._name(step))
+                server.reset_prefix_cache()
+                pool.admit(server)
+            except ServerError as error:
+                self._lose({url: str(error)})
+        if not pool.live:
+            raise NoServerLeft("no vLLM server took the weights; " + "; ".join(pool.errors))
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `RolloutEngine.fingerprints`: of every worker of every live server, the same on all ranks."""
+
+        def ask(pool: ServerPool) -> dict[str, str]:
+            found: dict[str, str] = {}
+            for server in pool.live:
+                try:
+                    for rank, worker in enumerate(server.call("unisd_fingerprints")):
+                        found |= {f"{name} (worker {rank} of {server.url})": digest for name, digest in worker.items()}
+                except ServerError as error:
+                    self._lose({server.url: str(error)})
+            return found
+
+        return self._on_driver(ask)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `RolloutEngine.generate`."""
+        return self._completions(lambda pool: (self._version, pool.generate(requests, sampling, self._name(self._version))))
+
+    def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """See `RolloutEngine.probe`."""
+
+        def ask(pool: ServerPool) -> list[list[Any]]:
+            said = []
+            for server in pool.live:
+                try:
+                    with ThreadPoolExecutor(len(requests)) as threads:
+                        answers = list(threads.map(lambda one: server.complete(one, sampling), requests))  # noqa: B023
+                    said.append([_plain(answer) for answer in answers])
+                except ServerError as error:
+                    self._lose({server.url: str(error)})
+            if not said:
+                raise NoServerLeft("no vLLM server is left; " + "; ".join(pool.errors))
+            return said
+
+        return [[_completion(plain, self._version) for plain in one] for one in self._on_driver(ask)]
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Asks for completions that `collect` returns, batch by batch in this order, while the caller does something else."""
+        if self._pool is not None:
+            self._pending.append((self._version, self._pool.submit(requests, sampling, self._name(self._version))))
+
+    def collect(self) -> list[Completion]:
+        """The completions of the oldest `submit`; waits for them."""
+
+        def take(pool: ServerPool) -> tuple[int, list[Completion]]:
+            version, future = self._pending.pop(0)
+            return version, future.result()
+
+        return self._completions(take)
+
+    def _completions(self, ask: Callable[[ServerPool], tuple[int, list[Completion]]]) -> list[Completion]:
+        def plainly(pool: ServerPool) -> list[Any]:
+            version, said = ask(pool)
+            return [version, [_plain(one) for one in said]]
+
+        version, plain = self._on_driver(plainly)
+        return [_completion(one, version) for one in plain]
+
+    def _on_driver(self, ask: Callable[[ServerPool], Any]) -> Any:
+        """What rank 0 says, on every rank; `CheckFailed` on all of them if it fails there."""
+        said: dict[str, Any] = {}
+        if self._pool is not None:
+            try:
+                said = {"value": ask(self._pool)}
+            except UnisdError as error:
+                said = {"error": str(error)}
+        said = broadcast_json(said, 0, self._grid.world)
+        if "error" in said:
+            raise CheckFailed(f"{said['error']}; the last checkpoint is untouched")
+        return said["value"]
+
+    def rest(self) -> None:
+        """Servers have memory of their own."""
+
+    def close(self) -> None:
+        """Ends what is under way; the servers go on."""
+        if self._pool is not None:
+            self._pool.close()
+        self._links = {}
+
+
+def _plain(one: Completion) -> list[Any]:
+    return [list(one.token_ids), list(one.log_probs), one.finish_reason]
+
+
+def _completion(plain: Sequence[Any], version: int) -> Completion:
+    ids, log_probs, reason = plain
+    return Completion(tuple(ids), tuple(log_probs), reason, version)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _our_address(url: str) -> str:
+    """The address of this host by which the server's host can reach it."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent: the kernel picks the route
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        return str(probe.getsockname()[0])
