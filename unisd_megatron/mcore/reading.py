@@ -1,11 +1,13 @@
 """The parameters of a distributed checkpoint, whole and one at a time, in one process: for what needs no model in memory.
 
 Reads what this program writes (model keys behind `student.`) and Megatron-LM's own checkpoints (no prefix), with layers
-stacked in one tensor or apart. Nothing is unpickled but tensors, weights only, and the metadata, whose classes are listed here.
+stacked in one tensor or apart. Nothing is unpickled but tensors, weights only, and of the metadata nothing but records.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import io
 import json
@@ -33,19 +35,8 @@ _OF_A_MODEL = ("embedding.", "decoder.", "output_layer.")
 _FORMS: tuple[dict[str, bool], ...] = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
 """How layers may lie in a checkpoint: stacked, each by itself, each by itself with gates apart."""
 
+_METADATA_ROOMS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -55,11 +46,17 @@ _METADATA_CLASSES = {
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads `.metadata`, and refuses whatever a checkpoint's metadata has no use for."""
+    """Reads `.metadata`: the plain records that describe a checkpoint, and nothing that does anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA_CLASSES.get(module, ()) or isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
-            return super().find_class("pathlib" if module.startswith("pathlib") else module, name)
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if module.startswith(_METADATA_ROOMS) and name.isidentifier():
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+                return found
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
