@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,19 +11,6 @@ import torch
 from torch import Tensor, nn
 
 Fill = Callable[[str, Tensor], Tensor]
-
-
-_M_MMAP_THRESHOLD = -3
-"""glibc's malloc.h."""
-
-
-def return_memory_at_once() -> None:
-    """Tensors of a megabyte and more get memory of their own from the system, which has it back when they go.
-
-    glibc otherwise keeps freed blocks of up to 32 MB for later: half a gigabyte of holes after a few layers.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.checkpoints import require_one_process, world
-from unisd_megatron.convert.layerwise import return_memory_at_once
 from unisd_megatron.convert.readers import Heard, read_with_megatron, read_with_transformers
 from unisd_megatron.convert.source import Source, open_source
 from unisd_megatron.convert.tokenizer import has_tokenizer, load_tokenizer
@@ -113,7 +112,6 @@ class Verification:
 
     def run(self, tolerance: float) -> Iterator[list[TensorDifference] | Reading]:
         """First all tensors; then logits in fp32 and, where the weights are bf16, in bf16 too."""
-        return_memory_at_once()
         with world(Layout()) as (platform, grid):
             theirs = weights_of(self._other, platform, grid)
             yield list(self._tensors(theirs))
