@@ -46,6 +46,7 @@ test-latest: $(LATEST)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m unisd_megatron bench loss --output-dir runs/bench
 	$(BIN)/python -m unisd_megatron bench step --output-dir runs/bench --dataset $(BENCH_DATASET) $(if $(BENCH_DATA),--data-path $(BENCH_DATA))
+	$(BIN)/python -m unisd_megatron bench rollout --output-dir runs/bench
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
-    "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "train"},
+    "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
     "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "train", "weights"},
     "__main__": {"cli"},
 }

@@ -14,13 +14,15 @@ from unisd_megatron.errors import CheckFailed
 TIMEOUT_S = 1200
 
 
-def measure_in_fresh_processes(module: str, request: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+def measure_in_fresh_processes(
+    module: str, request: dict[str, Any], ranks: int, threads: int | None = None
+) -> list[dict[str, Any]]:
     """Runs `python -m module REQUEST` as `ranks` processes that know each other as torchrun's would; what each said last.
 
-    The machine's cores are shared out as threads. Raises `CheckFailed` with their last words if one fails.
+    `threads` of each; None: the machine's cores are shared out. Raises `CheckFailed` with their last words if one fails.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    shared = {"OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    threads = threads or max(1, (os.cpu_count() or 1) // ranks)
+    shared = {"OMP_NUM_THREADS": str(threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # MALLOC_ settings keep freed memory mapped, which would count as used.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | shared | {"WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", module, json.dumps(request)]
@@ -47,7 +49,8 @@ def measure_in_fresh_processes(module: str, request: dict[str, Any], ranks: int)
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -190,7 +190,23 @@ def parity_restart(request: argparse.Namespace) -> int:
 
 
 def bench(request: argparse.Namespace) -> int:
-    return _bench_loss(request) if request.what == "loss" else _bench_step(request)
+    return {"loss": _bench_loss, "step": _bench_step, "rollout": _bench_rollout}[request.what](request)
+
+
+def _bench_rollout(request: argparse.Namespace) -> int:
+    import signal
+    import sys
+
+    _prepare_libraries()
+    from unisd_megatron.bench import rollout
+
+    sizes = rollout.Sizes(request.width, request.layers, request.vocabulary, request.sequences, request.new_tokens)
+    trainers = request.tensor_sizes or rollout.trainers()
+    sizes.check(trainers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a server is ended too
+    results = rollout.measure_all(sizes, request.engines, trainers, say)
+    say("\n" + rollout.write(sizes, results, Path(request.output_dir)))
+    return 0
 
 
 def _bench_step(request: argparse.Namespace) -> int:

@@ -210,8 +210,14 @@ def _add_parity(subparsers: Any) -> None:
 
 
 def _add_bench(subparsers: Any) -> None:
-    parser = _command(subparsers, "bench", commands.bench, "What the loss and the passes of a step cost, measured.")
-    parser.add_argument("what", choices=["loss", "step"], help="the loss three ways, or teacher and student passes")
+    parser = _command(
+        subparsers, "bench", commands.bench, "What the loss, the passes of a step and rollout engines cost, measured."
+    )
+    parser.add_argument(
+        "what",
+        choices=["loss", "step", "rollout"],
+        help="the loss three ways, teacher and student passes, or weight syncs and generation",
+    )
     flag(parser, "output_dir", default="runs/bench", metavar="DIR", help="for tables and pictures (runs/bench)")
     flag(parser, "dataset", default="addition", help="step: the task whose texts make the batch (addition)")
     flag(parser, "data_path", metavar="FILE", help="step: its file; otherwise from the hub")
@@ -223,6 +229,13 @@ def _add_bench(subparsers: Any) -> None:
         parser, "tensor_sizes", type=int, nargs="+", metavar="TP", help="vocabulary shards, a process each (1 2; 1 on one GPU)"
     )
     flag(parser, "alpha", type=float, default=0.5, help="the divergence (0.5, a JSD)")
+    engines = ["transformers", "vllm", "vllm-server"]
+    flag(parser, "engines", nargs="+", choices=engines, default=engines, help="rollout: which (all that are installed)")
+    flag(parser, "width", type=int, default=512, metavar="H", help="rollout: the model's hidden size (512)")
+    flag(parser, "layers", type=int, default=8, metavar="L", help="rollout: the model's layers (8)")
+    flag(parser, "vocabulary", type=int, default=16000, metavar="V", help="rollout: the model's vocabulary (16000)")
+    flag(parser, "sequences", type=int, default=64, metavar="N", help="rollout: sequences of a batch (64)")
+    flag(parser, "new_tokens", type=int, default=64, metavar="T", help="rollout: tokens of each, after some 100 (64)")
 
 
 def _add_evaluate(subparsers: Any) -> None:

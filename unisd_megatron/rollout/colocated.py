@@ -134,6 +134,8 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
             "kv_cache_memory_bytes": int(settings.vllm_kv_cache_gib * 2**30),
             "block_size": _CPU_BLOCK,
             "enforce_eager": True,
+            # Else a prompt that is cut in two ends the engine: vLLM winds its seeded generator back, which a CPU's cannot.
+            "enable_chunked_prefill": False,
         }
     else:
         where = {

