@@ -20,7 +20,6 @@ from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
-from unisd_megatron.rollout.link import checksum
 from unisd_megatron.weights import internlm3
 
 if TYPE_CHECKING:
@@ -166,7 +165,6 @@ def _update(bucket: Sequence[tuple[str, torch.Tensor]], *, last: bool) -> dict[s
         "names": [name for name, _ in bucket],
         "shapes": [list(tensor.shape) for _, tensor in bucket],
         "dtype": str(bucket[0][1].dtype).removeprefix("torch."),
-        "checksums": [checksum(tensor) for _, tensor in bucket],
         "last": last,
         "tensors": [tensor for _, tensor in bucket],
     }

@@ -36,7 +36,8 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One bucket. tensors: by reference; else sender `source` sends one row of `dtype` with the tensors end to end.
+    """One bucket. tensors: by reference; else sender `source` sends one row of `dtype` with the tensors end to end, and
+    `checksums` has the sum of each.
 
     last: with this bucket every weight of the model must have come.
     """
@@ -44,8 +45,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     shapes: list[list[int]]
     dtype: str
-    checksums: list[int]
     last: bool
+    checksums: list[int] = field(default_factory=list)
     source: int = 0
     tensors: list[Tensor] | None = None
 
@@ -89,9 +90,6 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         tensors = update_info.tensors if update_info.tensors is not None else self._receive(update_info)
-        for name, tensor, expected in zip(update_info.names, tensors, update_info.checksums, strict=True):
-            if checksum(tensor) != expected:
-                raise ValueError(f"weight sync: {name} did not arrive as it was sent")
         pairs = list(zip(update_info.names, tensors, strict=True))
         if self.model_config.hf_config.get_text_config().tie_word_embeddings:
             # A head packed for CPU kernels is a copy of its own, which vLLM loads by its own name.
@@ -106,7 +104,11 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         sizes = [torch.Size(shape).numel() for shape in update_info.shapes]
         flat = torch.empty(sum(sizes), dtype=getattr(torch, update_info.dtype), device=self.device)
         self._links[update_info.source].carry(flat)
-        return [part.view(shape) for part, shape in zip(flat.split(sizes), update_info.shapes, strict=True)]
+        tensors = [part.view(shape) for part, shape in zip(flat.split(sizes), update_info.shapes, strict=True)]
+        for name, tensor, expected in zip(update_info.names, tensors, update_info.checksums, strict=True):
+            if checksum(tensor) != expected:
+                raise ValueError(f"weight sync: {name} did not arrive as it was sent")
+        return tensors
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
