@@ -80,6 +80,8 @@ def _validate_rollout(run: Run, world_size: int) -> None:
             raise ConfigError("--importance_sampling_cap needs log-probs of the weights that sampled; drop --rollout replay")
     if not vllm.use_vllm:
         return
+    if run.origins.get("rollout") == "flag":
+        raise ConfigError(f"--use_vllm and --rollout {rollout.rollout} are two engines; drop one")
     if rollout.temperature < 0.01:
         raise ConfigError(
             f"--temperature {rollout.temperature}: vLLM samples at 0.01 at least; raise it, or leave --use_vllm out"
@@ -127,7 +129,10 @@ def _validate_ranges(run: Run) -> None:
         (run.rollout.top_k >= 0, "--top_k must not be negative"),
         (0 <= run.rollout.min_p < 1, "--min_p lies in [0, 1)"),
         (run.rollout.repetition_penalty > 0, "--repetition_penalty must be positive"),
-        ((run.rollout.importance_sampling_cap or 1.0) > 0, "--importance_sampling_cap must be positive"),
+        (
+            run.rollout.importance_sampling_cap is None or run.rollout.importance_sampling_cap > 0,
+            "--importance_sampling_cap must be positive",
+        ),
         (run.rollout.max_rollout_lag >= 0, "--max_rollout_lag must not be negative"),
         (run.vllm.vllm_tensor_parallel_size >= 1, "--vllm_tensor_parallel_size must be at least 1"),
         (0 < run.vllm.vllm_gpu_memory_utilization <= 1, "--vllm_gpu_memory_utilization lies in (0, 1]"),

@@ -73,7 +73,8 @@ def engine_flags(engine: str) -> Iterator[list[str]]:
             wait_for(f"http://127.0.0.1:{port}", server)
             yield ["--use_vllm", "--vllm_mode", "server", "--vllm_server_urls", f"http://127.0.0.1:{port}"]
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait()
 
 

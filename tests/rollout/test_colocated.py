@@ -78,7 +78,7 @@ def test_log_probs_are_megatrons_after_the_first_sync_and_the_tenth(found: dict[
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("one element corrupted", "its weights or caches are stale"),
+        ("one row corrupted", "its weights or caches are stale"),
         ("cache not reset", "its weights or caches are stale"),
         ("tied head stale", "nothing came for the engine's"),
         ("tied head stale, first sync", "nothing came for the engine's"),

@@ -58,18 +58,28 @@ class ColocatedEngine:
         """See `RolloutEngine.refresh`. Buckets reach this rank's worker by reference, never copied in between."""
         if self._rests:
             self._llm.wake_up(tags=["weights"])
-        try:
-            self._llm.start_weight_update()
-            for number, bucket in enumerate(weights.everywhere(), start=1):
-                self._llm.update_weights({"update_info": _update(bucket, last=number == len(weights))})
+        fault = None
+        self._llm.collective_rpc("unisd_abandon")
+        self._llm.start_weight_update()
+        for number, bucket in enumerate(weights.everywhere(), start=1):
+            if fault is None:  # else only the stream is read on: other ranks take part in it
+                try:
+                    self._llm.update_weights({"update_info": _update(bucket, last=number == len(weights))})
+                except ValueError as error:
+                    fault = str(error)
+        if fault is None:
             self._llm.finish_weight_update(str(step))
-        except ValueError as error:
-            raise CheckFailed(f"weight sync of step {step}: {error}") from error
-        if self._rests:
-            self._llm.wake_up(tags=["kv_cache"])
-        if not self._llm.reset_prefix_cache():
-            raise CheckFailed(f"weight sync of step {step}: vLLM did not drop its cache of the old weights")
+            if self._rests:
+                self._llm.wake_up(tags=["kv_cache"])
+            fault = None if self._llm.reset_prefix_cache() else "vLLM did not drop its cache of the old weights"
+        faults = [one for one in all_gather_json(fault, self._grid.world) if one is not None]
+        if faults:
+            raise CheckFailed(f"weight sync of step {step}: {faults[0]}")
         self._version = step
+
+    def members(self) -> list[str]:
+        """See `RolloutEngine.members`."""
+        return ["colocated"]
 
     def fingerprints(self) -> dict[str, str]:
         """See `RolloutEngine.fingerprints`; those of this rank's shards."""

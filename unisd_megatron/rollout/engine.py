@@ -69,8 +69,12 @@ class RolloutEngine(Protocol):
         """One completion per request, in order."""
         ...
 
-    def fingerprints(self) -> dict[str, str] | None:
-        """Digests of the weights that this rank's engine computes with; None: it holds them as they came, nothing to prove."""
+    def members(self) -> list[str]:
+        """Names of what holds weights of its own since the last refresh; none: they are held as they came, nothing to prove."""
+        ...
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the weights that this rank's engine computes with."""
         ...
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:

@@ -6,6 +6,7 @@ It is not authenticated: keep its port on a private network. No vLLM here, train
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import torch
@@ -23,8 +24,13 @@ class Link:
     def __init__(self, address: str, port: int, rank: int, size: int, backend: str, timeout_s: float) -> None:
         self.rank, self.backend = rank, backend
         self._timeout = timedelta(seconds=timeout_s)
+        listening = {}
+        if rank == 0:  # on this address alone; left to itself the store listens on all of them
+            door = socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+            port = door.getsockname()[1]
+            listening = {"master_listen_fd": door.detach()}
         store = dist.TCPStore(
-            address, port, size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False, multi_tenant=True
+            address, port, size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False, **listening
         )
         self.port = store.port
         self._store = dist.PrefixStore("unisd", store)

@@ -36,8 +36,13 @@ class ReplayEngine:
         """Moves to a step."""
         self._step = step
 
-    def fingerprints(self) -> None:
+    def members(self) -> list[str]:
         """None: there are no weights."""
+        return []
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `members`."""
+        return {}
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.probe`."""

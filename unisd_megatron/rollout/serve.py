@@ -35,6 +35,8 @@ OURS = (
     "gpu-memory-utilization",
     "dtype",
     "logprobs-mode",
+    "data-parallel-size",
+    "quantization",
     "generation-config",
     "override-generation-config",
     "middleware",

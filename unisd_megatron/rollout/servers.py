@@ -27,6 +27,8 @@ from unisd_megatron.rollout.link import Link, checksum
 from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
 from unisd_megatron.rollout.server import Server, ServerError
 
+REQUESTS_PER_SERVER = 128  # under way at once; vLLM batches them
+
 
 class ServerEngine:
     """Args: urls: of the servers, all with the run's model; timeout_s: until a silent server counts as lost; max_model_len:
@@ -41,14 +43,28 @@ class ServerEngine:
         self._links: dict[str, Link] = {}  # by URL, on senders
         self._pending: list[tuple[int, Future[list[Completion]]]] = []  # on rank 0, with the version that samples it
         self._run = secrets.token_hex(4)  # so that a server which still holds another run's weights is not taken for ours
+        self.notes = ["the ports that weights go through ask for nothing: private network only"]  # for the user, on rank 0
+        self._generation = 0  # counts syncs in which a server joined
+        self._joined: dict[str, int] = {}
+        self._members: list[str] = []
         self._pool = self._open_pool(urls) if self._drives else None
         self._on_driver(lambda pool: self._check_room(pool, max_model_len))
 
     def _open_pool(self, urls: Sequence[str]) -> ServerPool:
         servers = [Server(url, server_token(), self._timeout_s) for url in urls]
-        pool = ServerPool(servers)
+        pool = ServerPool(servers, concurrency=REQUESTS_PER_SERVER * len(servers))
         for server in servers:
-            pool.lose(server, f"{server.url}: holds no weights of this run yet")
+            said = f"{server.url}: holds no weights of this run yet"
+            try:
+                server.weight_version()
+            except ServerError as error:
+                said = str(error)
+            pool.lose(server, said)
+            stranger = Server(server.url, None, self._timeout_s)
+            with contextlib.suppress(ServerError):
+                stranger.weight_version()
+                self.notes.append(f"{server.url} asks for no token: whoever reaches it can exchange its weights")
+            stranger.close()
         return pool
 
     def _check_room(self, pool: ServerPool, needed: int) -> None:
@@ -69,14 +85,14 @@ class ServerEngine:
             wait([future for _, future in self._pending])  # what is being sampled keeps its weights
         if self._replica_0:
             self._send(weights, step)
-        self._on_driver(lambda pool: self._finish(pool, step))
+        self._members = self._on_driver(lambda pool: self._finish(pool, step))
         self._version = step
 
     def _send(self, weights: Weights, step: int) -> None:
         """All ranks of replica 0 bring their buckets; its senders carry them."""
         urls: list[str] = self._meet() if self._sends else []
         if self._sends:
-            failed = self._together(urls, lambda server: server.start_weight_update(), lambda url: None)
+            failed = self._together(urls, _start_anew, lambda url: None)
             urls = [url for url in urls if url not in failed]
         for number in range(len(weights)):
             flat = weights.flat(number)  # a collective of the stage's tensor-parallel ranks
@@ -91,16 +107,29 @@ class ServerEngine:
             known = [server for server in self._pool.live if server.url in self._links]
             plan = [(server.url, 0) for server in known]
             for server in self._pool.revive():
-                with contextlib.suppress(ServerError):
+                try:
                     plan.append((server.url, server.world_size()))
+                except ServerError as error:
+                    self._lose({server.url: str(error)})
         plan = [(url, workers) for url, workers in broadcast_json(plan, 0, axis)]
         self._links = {url: self._links[url] for url, workers in plan if not workers}
+        ports, unreachable = {}, {}
         for url, workers in plan:
-            if workers:
-                self._links[url] = Link(_our_address(url), 0, 0, 1 + workers, self._backend, self._timeout_s)
-        ports = {url: [_our_address(url), self._links[url].port] for url, workers in plan if workers}
+            if not workers:
+                continue
+            try:
+                address = _our_address(url)
+                self._links[url] = Link(address, 0, 0, 1 + workers, self._backend, self._timeout_s)
+                ports[url] = [address, self._links[url].port]
+            except (OSError, RuntimeError) as error:
+                unreachable[url] = f"{url}: no address of ours to send weights from ({error})"
         senders = all_gather_json(ports, axis)
+        for faults in all_gather_json(unreachable, axis):
+            self._lose(faults)
+            plan = [(url, workers) for url, workers in plan if url not in faults]
         joining = [url for url, workers in plan if workers]
+        self._generation += bool(joining)
+        self._joined |= dict.fromkeys(joining, self._generation)
         failed = self._together(
             joining,
             lambda server: server.init_weight_transfer(
@@ -139,12 +168,15 @@ class ServerEngine:
     def _together(self, urls: Sequence[str], ask: Callable[[Server], None], do: Callable[[str], None]) -> set[str]:
         """Rank 0 asks every server while each sender does its part; those with which anything failed, which now are lost."""
         faults: dict[str, str] = {}
-        with ThreadPoolExecutor(max(len(urls), 1)) as threads:
+        done = {}
+        with ThreadPoolExecutor(max(2 * len(urls), 1)) as threads:
             asked = {url: threads.submit(ask, self._server(url)) for url in urls} if self._drives else {}
             for url in urls:
+                done[url] = threads.submit(do, url)  # side by side, so that one that hangs costs the others no time
+            for url, future in done.items():
                 try:
-                    do(url)
-                except RuntimeError as error:  # torch's: the other end is gone, or did not come
+                    future.result()
+                except (RuntimeError, OSError) as error:  # torch's: the other end is gone, or did not come
                     faults[url] = f"{url}: weights could not be sent ({str(error).splitlines()[0][:200]})"
             for url, future in asked.items():
                 try:
@@ -166,7 +198,7 @@ class ServerEngine:
         assert self._pool is not None
         return next(server for server in [*self._pool.live, *self._pool.lost] if server.url == url)
 
-    def _finish(self, pool: ServerPool, step: int) -> None:
+    def _finish(self, pool: ServerPool, step: int) -> list[str]:
         """Closes the update on every server that took all of it, and puts those to work."""
         for url in list(self._links):
             server = self._server(url)
@@ -178,6 +210,11 @@ class ServerEngine:
                 self._lose({url: str(error)})
         if not pool.live:
             raise NoServerLeft("no vLLM server took the weights; " + "; ".join(pool.errors))
+        return [f"{server.url} #{self._joined[server.url]}" for server in pool.live]
+
+    def members(self) -> list[str]:
+        """See `RolloutEngine.members`: the servers that took the last weights; one that was away has a new name."""
+        return self._members
 
     def fingerprints(self) -> dict[str, str]:
         """See `RolloutEngine.fingerprints`: of every worker of every live server, the same on all ranks."""
@@ -258,7 +295,15 @@ class ServerEngine:
         """Ends what is under way; the servers go on."""
         if self._pool is not None:
             self._pool.close()
+            for server in [*self._pool.live, *self._pool.lost]:
+                server.close()
         self._links = {}
+
+
+def _start_anew(server: Server) -> None:
+    """Opens an update; one that was broken off (a trainer that was killed, a sender that failed) does not bar it."""
+    server.call("unisd_abandon")
+    server.start_weight_update()
 
 
 def _plain(one: Completion) -> list[Any]:
@@ -280,6 +325,7 @@ def _count(shape: Sequence[int]) -> int:
 def _our_address(url: str) -> str:
     """The address of this host by which the server's host can reach it."""
     parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent: the kernel picks the route
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # nothing is sent: the kernel picks the route
+        probe.connect(address)
         return str(probe.getsockname()[0])

@@ -64,8 +64,13 @@ class TransformersEngine:
             raise CheckFailed(f"weight sync of step {step}: the stream lacks {min(missing)} and {len(missing) - 1} more")
         self._version = step
 
-    def fingerprints(self) -> None:
+    def members(self) -> list[str]:
         """None: every parameter was copied where the model computes with it, and there is no cache."""
+        return []
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `members`."""
+        return {}
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.probe`."""

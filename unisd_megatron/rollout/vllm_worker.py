@@ -129,6 +129,11 @@ def _unpack_experts(model: torch.nn.Module) -> None:
 class WorkerExtension:
     """Methods that vLLM mixes into its worker, to be called by `collective_rpc`."""
 
+    def unisd_abandon(self) -> list[str]:
+        """Forgets an update that was broken off; vLLM would refuse every later one. The next update loads everything anew."""
+        self._weight_update_active = False
+        return []
+
     def unisd_fingerprints(self) -> dict[str, str]:
         """A digest of each weight that the model computes with, by module and tensor name.
 

@@ -25,7 +25,6 @@ from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
-from unisd_megatron.rollout.guard import server_token
 from unisd_megatron.rollout.replay import ReplayEngine
 from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.rollout.transformers import TransformersEngine
@@ -87,9 +86,6 @@ def prepare(run: Run, world_size: int) -> Prepared:
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
-    if run.vllm.use_vllm and run.vllm.vllm_mode == "server":
-        guarded = "ask for a token" if server_token() else "ask for no token (UNISD_SERVER_TOKEN is not set)"
-        notes.append(f"vLLM servers {guarded}; the ports that weights go through ask for nothing: private network only")
     if teacher_kind(run) != run.teacher.teacher:
         notes.append("released semantics: the EMA teacher stays where it started")
     max_steps = run.schedule.max_steps or max(

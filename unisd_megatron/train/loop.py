@@ -18,6 +18,7 @@ from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.rollout.engine import Sampling, sequence_seed
 from unisd_megatron.rollout.replay import require_recordings, rollout_file
+from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
 from unisd_megatron.train.metrics import EVALUATIONS, Journal, rewrite_rows
@@ -46,6 +47,9 @@ def train(run: Run) -> None:
                 checkpoint.restore(resume, parts.learner)
             dist.barrier()
             journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
+            if journal is not None and isinstance(parts.rollouts.engine, ServerEngine):
+                for note in parts.rollouts.engine.notes:
+                    journal.say(note)
             try:
                 _steps(parts, prepared, first, output, journal)
             finally:

@@ -8,6 +8,7 @@ scrambled weights every fingerprint must differ, after another sync of the true 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,11 +66,13 @@ class Sync:
         sampling: Sampling,
         seed: int,
     ) -> None:
-        """limit: largest accepted mean difference of log-probs, nats; sampling: of the run, for its lengths."""
+        """limit: largest accepted mean difference of log-probs, nats; sampling: of the run, for its temperature and lengths."""
         self._learner, self._layout, self._engine, self._weights = learner, layout, engine, weights
         self._limit = limit
         self._proven: set[str] = set()
-        self._sampling = Sampling(1.0, 1.0, 0, min(PROBE_TOKENS, sampling.max_tokens), sampling.eos_ids)
+        self._step: int | None = None  # of the weights that the engine holds
+        # At the run's temperature: an engine that reports log-probs of another distribution is found out too.
+        self._sampling = Sampling(sampling.temperature, 1.0, 0, min(PROBE_TOKENS, sampling.max_tokens), sampling.eos_ids)
         # The longest prompts fill the most cache blocks.
         longest = sorted(prompts[:AMONG], key=lambda one: -len(one.views[STUDENT]))[:PROBES]
         while len(longest) < PROBES:
@@ -80,22 +83,26 @@ class Sync:
 
     def refresh(self, step: int) -> None:
         """Sends the student's weights and proves that they arrived; `CheckFailed`, on every rank, if they did not."""
+        if step == self._step:
+            return  # an evaluation came before the step, with the same weights
         self._engine.refresh(self._weights, step)
-        before = self._engine.fingerprints()
-        if before is None:
-            return
-        if not before.keys() <= self._proven:  # the first sync, or a server is new
-            self._prove(before, step)
-            self._proven |= before.keys()
-        self._probe(step)
+        if self._engine.members():
+            if not set(self._engine.members()) <= self._proven:  # the first sync, or a server is new
+                self._prove(step)
+                self._proven |= set(self._engine.members())
+            self._probe(step)
+        self._step = step
 
-    def _prove(self, before: dict[str, str], step: int) -> None:
+    def _prove(self, step: int) -> None:
+        before = self._engine.fingerprints()
         self._engine.refresh(Scrambled(self._weights), step)
-        scrambled = self._engine.fingerprints() or {}
+        scrambled = self._engine.fingerprints()
         self._engine.refresh(self._weights, step)
-        after = self._engine.fingerprints() or {}
-        stale = sorted(name for name, digest in before.items() if scrambled.get(name) == digest)
-        lost = sorted(name for name, digest in before.items() if after.get(name) != digest)
+        after = self._engine.fingerprints()
+        # Of a server that was lost or came in between there is nothing to compare; it is new when it holds weights again.
+        common = before.keys() & scrambled.keys() & after.keys()
+        stale = sorted(name for name in common if scrambled[name] == before[name])
+        lost = sorted(name for name in common if after[name] != before[name])
         everybody = all_gather_json([stale, lost], self._learner.grid.world)
         for fault, index in (("kept its old value", 0), ("did not come back", 1)):
             names = sorted({name for one in everybody for name in one[index]})
@@ -114,7 +121,7 @@ class Sync:
         plain = [[float(gap.sum()), gap.numel(), float(gap.max()) if gap.numel() else 0.0] for gap in gaps]
         by_rank = all_gather_json(plain, learner.grid.world)
         means = [sum(part[0] for part in one) / max(sum(part[1] for part in one), 1) for one in zip(*by_rank, strict=True)]
-        mean = max(means)  # of the worst engine
+        mean = max(means, key=lambda value: math.inf if math.isnan(value) else value)  # of the worst engine
         most = max(part[2] for one in by_rank for part in one)
         self.metrics = {"rollout/sync_gap": mean, "rollout/sync_gap_max": most}
         if not mean <= self._limit:
@@ -138,7 +145,7 @@ class Sync:
             said = sampled_log_probs(
                 Readout(rows, learner.student.model.head_weight()),
                 token_ids=batch.token_ids,
-                temperature=1.0,
+                temperature=self._sampling.temperature,
                 vocab_size=learner.arch.vocab_size,
                 group=learner.grid.tensor.group,
                 path=learner.objective.settings.path,

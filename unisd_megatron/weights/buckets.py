@@ -2,7 +2,8 @@
 
 A bucket holds whole parameters of one pipeline stage, up to `bucket_bytes` (one parameter may be more). It costs one
 all-gather over the tensor-parallel group and, where ranks of other stages want it, one broadcast; what it is made of is agreed
-on once, so that no names or shapes travel with the weights. Memory beyond the models: two buckets.
+on once, so that no names or shapes travel with the weights. Memory beyond the models: two buckets where it is received, three
+for a moment where it is gathered.
 """
 
 from __future__ import annotations
