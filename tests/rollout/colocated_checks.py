@@ -34,6 +34,7 @@ from unisd_megatron.weights.buckets import WeightStream
 LAYOUT = Layout(2, 2, sequence_parallel=True, global_batch_size=8)
 SYNCS = 10
 WARM = Sampling(0.7, 1.0, 0, 12, (1,))
+PLAIN = Sampling(1.0, 1.0, 0, 12, (1,))
 SHAPED = Sampling(0.9, 0.8, 20, 12, (1,), min_p=0.02, repetition_penalty=1.2)
 
 
@@ -69,7 +70,7 @@ class Bench:
     def sync(self, weights: Any = None) -> Sync:
         limit = 1e-3  # the default in fp32
         return Sync(
-            self.learner, LAYOUT, self.engine, weights or self.weights, prompts(), limit=limit, sampling=WARM, seed=3
+            self.learner, LAYOUT, self.engine, weights or self.weights, prompts(), limit=limit, sampling=PLAIN, seed=3
         )  # fmt: skip
 
     @torch.no_grad()
