@@ -9,7 +9,8 @@ is therefore as clean as the first: the parent has by then run tests of its own,
 survive a fork (a worker that inherits the parent's old gloo group dies when it drops it).
 
 Inside a call the *default* process group has exactly `size` ranks, so that code which asks for the whole world (Megatron's
-parallel_state) sees the world it is meant to see; `group` is that same group. It is kept until a call asks for another size.
+parallel_state) sees the world it is meant to see; `group` is that same group. It ends with the call, and all groups made in it:
+every gloo group has a thread of its own that wakes up a hundred times a second, and a suite makes thousands.
 An exception in a worker is raised again in the parent, with the worker's traceback as its cause. A worker that does not answer
 in time, or fails while others wait for it, costs the pool: it is killed, and the next call gets a new one.
 """
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -60,7 +63,6 @@ class World:
         self._nursery: tuple[int, Connection] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
-        self._joined = 0  # how many workers share the present default group
 
     def start(self) -> None:
         """Forks the nursery. To be called while this process is still clean; the first `run` does it if nobody did."""
@@ -86,7 +88,6 @@ class World:
         self.start()
         assert self._nursery is not None
         self._folder = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)
-        self._joined = 0
         with Listener(os.path.join(self._folder.name, "hello"), "AF_UNIX", backlog=self.size) as listener:
             self._nursery[1].send((self.size, self._folder.name, self.timeout_s))
             hello = {}
@@ -103,9 +104,7 @@ class World:
         if not self._workers:
             self._fork()
         self._calls += 1
-        store = None if size == self._joined else f"store-{self._calls}"
-        self._joined = size
-        message = pickle.dumps((size, store, fn, args))
+        message = pickle.dumps((size, f"store-{self._calls}", fn, args))
         members = self._workers[:size]
         try:
             for _, connection in members:
@@ -194,22 +193,30 @@ def _serve(rank: int, folder: str, timeout_s: float) -> None:
         except EOFError:
             break
         try:
-            if store is not None:
-                _join(rank, size, os.path.join(folder, store), timeout_s)
+            _join(rank, size, os.path.join(folder, store), timeout_s)
             answer: tuple[Any, ...] = ("ok", fn(rank, dist.group.WORLD, *args))
             message = pickle.dumps(answer)
         except BaseException as error:  # whatever it is, the parent must learn of it
-            message = _failure(error)
-        connection.send_bytes(message)
+            connection.send_bytes(_failure(error))  # and the pool is killed
+        else:
+            connection.send_bytes(message)
+            _leave()
 
 
 def _join(rank: int, size: int, store: str, timeout_s: float) -> None:
     """Makes the first `size` workers the whole world."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
     )
+
+
+def _leave() -> None:
+    """Ends the world and every group in it, when nobody is waiting for this rank any more."""
+    dist.barrier()
+    if "megatron.core.parallel_state" in sys.modules:  # it holds groups, which live as long as they are held
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _failure(error: BaseException) -> bytes:
