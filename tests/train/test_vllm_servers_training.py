@@ -32,6 +32,8 @@ FLAGS = {
     "max_prompt_length": 128,
     "max_steps": 4,
     "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",  # a run of fewer steps has the same ones
+    "warmup_ratio": 0.0,
     "export_hf": False,
     "use_vllm": True,
     "vllm_mode": "server",
