@@ -32,6 +32,9 @@ class Layout:
         None, "chunks of layers on each stage, for a smaller pipeline bubble (interleaved schedule)", short="--vpp"
     )
     context_parallel_size: int = setting(1, "ranks that share each sequence", short="--cp")
+    expert_model_parallel_size: int = setting(
+        1, "ranks, of those with the same weights, that the experts of a mixture are dealt out over", short="--ep"
+    )
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
     packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
@@ -43,7 +46,7 @@ class Layout:
     def validate(self, world_size: int) -> None:
         """Raises `ConfigError` where the layout contradicts itself or does not fit the number of processes."""
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        for name in (*names, "micro_batch_size", "global_batch_size"):
+        for name in (*names, "expert_model_parallel_size", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -52,6 +55,9 @@ class Layout:
             )
         if self.context_parallel_size > 1 and not self.packing:
             raise ConfigError("--context-parallel-size cuts packed rows; leave --packing on")
+        self.expert_data_parallel_size(world_size)
+        if self.expert_model_parallel_size > 1 and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            raise ConfigError("--expert-model-parallel-size with tensor parallelism needs --sequence-parallel")
         count = self.micro_batches(world_size)
         chunks, stages = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
         if chunks is not None and chunks < 2:
@@ -85,6 +91,16 @@ class Layout:
                 f"{self.model_parallel_size}"
             )
         return world_size // self.model_parallel_size
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Ranks that have the same experts; `ConfigError` if expert parallelism does not divide those with the same weights."""
+        experts, same = self.expert_model_parallel_size, self.data_parallel_size(world_size) * self.context_parallel_size
+        if same % experts:
+            raise ConfigError(
+                f"--expert-model-parallel-size {experts} does not divide the {same} ranks with the same weights (data-parallel "
+                "x context-parallel) that it deals the experts out over"
+            )
+        return same // experts
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches per replica and optimizer step."""
@@ -302,7 +318,7 @@ RESUME_MAY_CHANGE = frozenset(
 """Settings that a resumed run may state differently without becoming another run."""
 
 RELEASED_MAY_NOT_CHANGE = frozenset(
-    {f.name for f in dataclasses.fields(Layout)} - {"sequence_parallel", "recompute_granularity"}
+    {f.name for f in dataclasses.fields(Layout)} - {"sequence_parallel", "recompute_granularity", "expert_model_parallel_size"}
 )
 """Of these: not under `--semantics released`, which normalises over each micro-batch of each rank by itself."""
 

@@ -27,7 +27,8 @@ class Grid:
     """The axes of one process.
 
     tensor: ranks that share each weight; pipeline: stages; context: ranks that share each sequence; data: replicas;
-    data_context: ranks with the same weights and other tokens (data x context); world: all ranks.
+    data_context: ranks with the same weights and other tokens (data x context), but for experts, which `expert` deals out
+    over some of these ranks and of which `expert_data` have the same; world: all ranks.
     """
 
     tensor: Axis
@@ -35,6 +36,8 @@ class Grid:
     context: Axis
     data: Axis
     data_context: Axis
+    expert: Axis
+    expert_data: Axis
     replica: Axis
     world: Axis
     device: torch.device

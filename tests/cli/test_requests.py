@@ -163,6 +163,12 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
         {"WORLD_SIZE": "6", "--tp": "2", "--pp": "2"},
         ["6 processes", "tensor-parallel 2 x pipeline-parallel 2", "multiple of 4"],
     ),
+    "no experts": ({"WORLD_SIZE": "2", "--ep": "2"}, ["expert-parallel 2", "has no experts"]),
+    "experts over too few": ({"WORLD_SIZE": "2", "--tp": "2", "--ep": "2"}, ["--expert-model-parallel-size 2", "the 1 ranks"]),
+    "experts without sequence parallel": (
+        {"WORLD_SIZE": "4", "--tp": "2", "--ep": "2"},
+        ["--expert-model-parallel-size with tensor parallelism needs --sequence-parallel"],
+    ),
     "global batch": ({"WORLD_SIZE": "3"}, ["--global-batch-size 16", "--micro-batch-size 1 x 3 data-parallel ranks"]),
     "no configuration": ({"--config": "absent.yaml"}, ["--config absent.yaml", "no such file"]),
 }

@@ -33,6 +33,19 @@ LAYOUTS = {
         2, context_parallel_size=2, sequence_parallel=True, micro_batch_size=2, global_batch_size=8
     ),
 }
+EXPERTS = {
+    "ep2": (2, Layout(expert_model_parallel_size=2, global_batch_size=8)),
+    "ep2 dp4": (4, Layout(expert_model_parallel_size=2, micro_batch_size=2, global_batch_size=8)),
+    "ep2 tp2 sp": (4, Layout(2, sequence_parallel=True, expert_model_parallel_size=2, global_batch_size=8)),
+    "ep2 pp2 vpp2, recompute": (
+        4,
+        Layout(1, 2, 2, expert_model_parallel_size=2, micro_batch_size=2, global_batch_size=8, recompute_granularity="full"),
+    ),
+    "ep4 cp2 dp2": (
+        4,
+        Layout(context_parallel_size=2, expert_model_parallel_size=4, micro_batch_size=2, global_batch_size=8),
+    ),
+}
 SEGMENTS = [0, 21, 24, 44, 48]  # longer and shorter than a window
 
 
@@ -79,6 +92,7 @@ def gradients_error(rig: Rig) -> float:
 def every(rank: int, group: Any, layout: Layout, families: Sequence[str]) -> dict[str, tuple[bool, float, float, float]]:
     """By family: whether the weights come back bit for bit, then errors of logits, log-probs and gradients."""
     platform, out = platforms.choose(), {}
+    plain = layout.context_parallel_size == 1 and layout.virtual_pipeline_model_parallel_size is None
     for family in families:
         with start.world(platform, layout, 1) as grid:
             rig = Rig(layout, platform, grid, family, "fused")
@@ -86,7 +100,7 @@ def every(rank: int, group: Any, layout: Layout, families: Sequence[str]) -> dic
             back = dict(stream.full_tensors(rig.student.model.named_shards(), rig.mappings, grid))
             same = all(torch.equal(back[name], stored[name]) for name in back)
             same = same and stored.keys() - back.keys() <= ({"lm_head.weight"} if rig.arch.tied else set())
-            said = logits_error(rig, family) if layout.context_parallel_size == 1 else (0.0, 0.0)
+            said = logits_error(rig, family) if plain else (0.0, 0.0)
             # Gradients at tensor-parallel 4 add nothing to those at 2 and cost as much as all the rest.
             out[family] = (same, *said, gradients_error(rig) if grid.tensor.size < 4 else 0.0)
     return out
@@ -96,7 +110,16 @@ def every(rank: int, group: Any, layout: Layout, families: Sequence[str]) -> dic
 def test_every_family_equals_transformers(world: World, name: str) -> None:
     # Under context parallel there are only three kinds of layers.
     families = ["qwen3", "gemma3", "qwen3_moe"] if LAYOUTS[name].context_parallel_size > 1 else list(FAMILIES)
-    found = world.run(LAYOUTS[name].model_parallel_size, every, LAYOUTS[name], families, timeout_s=240)
+    check(world.run(LAYOUTS[name].model_parallel_size, every, LAYOUTS[name], families, timeout_s=240), families)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_dealt_out_over_ranks_equal_transformers(world: World, name: str) -> None:
+    size, layout = EXPERTS[name]
+    check(world.run(size, every, layout, ["qwen3_moe"], timeout_s=240), ["qwen3_moe"])
+
+
+def check(found: list[dict[str, tuple[bool, float, float, float]]], families: list[str]) -> None:
     for of_rank in found:
         assert list(of_rank) == families
         for family, (same, logits, log_probs, gradients) in of_rank.items():

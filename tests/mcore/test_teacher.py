@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import zlib
 from typing import Any
 
 import pytest
@@ -28,10 +29,11 @@ from world import World
 
 
 def tiny(layout: Layout, grid: Grid, seed: int = 1) -> Any:
-    reference = tiny_model("qwen2", seed)
-    arch = FAMILIES["qwen2"].arch(reference.config.to_dict())
+    family = "qwen2" if layout.expert_model_parallel_size == 1 else "qwen3_moe"
+    reference = tiny_model(family, seed)
+    arch = FAMILIES[family].arch(reference.config.to_dict())
     model = build(arch, layout, platforms.choose(), grid)
-    mappings = FAMILIES["qwen2"].mappings(arch)
+    mappings = FAMILIES[family].mappings(arch)
     stream.load(model.named_shards(), mappings, InMemory(reference), grid.tensor)  # type: ignore[arg-type]
     return model
 
@@ -44,11 +46,11 @@ def ema_error(rank: int, group: Any, layout: Layout) -> tuple[float, float, bool
         teacher = Teacher(tiny(layout, grid), "ema", grid, beta=beta, every=2)
         expected = {name: p.detach().double().clone() for name, p in student.named_shards()}
         off_beat = False
-        generator = torch.Generator().manual_seed(grid.replica.rank)
         for step in range(1, 101):
             with torch.no_grad():
-                for _, p in student.named_shards():
-                    p.add_(1e-3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+                for name, p in student.named_shards():
+                    own = zlib.crc32(f"{name} {step} {grid.tensor.rank}".encode())  # the same where weights are
+                    p.add_(1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(own)).to(p.dtype))
             if step % 2 == 0:
                 for name, p in student.named_shards():
                     expected[name] = beta * expected[name] + (1 - beta) * p.detach().double()
@@ -62,9 +64,9 @@ def ema_error(rank: int, group: Any, layout: Layout) -> tuple[float, float, bool
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stages", [1, 2])
-def test_equals_its_closed_form(world: World, stages: int, bf16: bool) -> None:
-    for masters, weights, off_beat in world.run(4, ema_error, Layout(2, stages, bf16=bf16)):
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, 2), Layout(expert_model_parallel_size=2)])
+def test_equals_its_closed_form(world: World, layout: Layout, bf16: bool) -> None:
+    for masters, weights, off_beat in world.run(4, ema_error, dataclasses.replace(layout, bf16=bf16)):
         assert masters <= 1e-6
         assert weights <= (1e-2 if bf16 else 1e-6)  # half a unit in the last place of bf16 near 2
         assert not off_beat
@@ -94,31 +96,37 @@ def held() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def costs(rank: int, group: Any, layout: Layout) -> list[tuple[str, str, int, int, int]]:
-    """Of each teacher: weights of this rank's stage, bytes it adds to the student's module, bytes of its shards."""
+def costs(rank: int, group: Any, layout: Layout) -> list[tuple[str, str, list[int], int, int]]:
+    """Of each teacher: weights of this rank's stage without and in experts dealt out, bytes it adds to the student's module,
+    bytes of its shards."""
     with start.world(platforms.choose(), layout, 1) as grid:
         student, found = tiny(layout, grid), []
-        n = sum(parameter.numel() for _, parameter in student.named_shards())
+        n = [0, 0]
+        for name, parameter in student.named_shards():
+            n[layout.expert_model_parallel_size > 1 and ".local_experts." in name] += parameter.numel()
         gc.freeze()
         for kind in ("ema", "frozen"):
             for memory in ("beside", "swap"):
                 teacher = Teacher(tiny(layout, grid) if memory == "beside" else student, kind, grid, 0.9, 1, memory)
-                shards = 0 if teacher.shards is None else teacher.shards.values.untyped_storage().nbytes()
+                shards = 0 if teacher.shards is None else teacher.shards.nbytes
                 found.append((kind, memory, n, held(), shards))
                 del teacher
         gc.unfreeze()
         return found
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1, bf16=True), Layout(1, 2, bf16=True), Layout(1, 1, bf16=True)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, bf16=True), Layout(1, 2, bf16=True), Layout(bf16=True), Layout(expert_model_parallel_size=2, bf16=True)],
+)
 def test_memory_is_what_the_table_says(world: World, layout: Layout) -> None:
     """docs/teacher_memory.md, bf16: 4 n / DP bytes of an average, 2 n / DP of frozen shards, 2 n of weights beside."""
-    replicas = 4 // layout.model_parallel_size
+    replicas, copies = layout.data_parallel_size(4), layout.expert_data_parallel_size(4)
     for found in world.run(4, costs, layout):
         for kind, memory, n, added, shards in found:
             size = {("ema", memory): 4, ("frozen", "beside"): 0}.get((kind, memory), 2)
-            assert shards == size * -(-n // replicas), (kind, memory)
-            beside = 2 * n if memory == "beside" else 0
+            assert shards == size * (-(-n[0] // replicas) + -(-n[1] // copies)), (kind, memory)
+            beside = 2 * sum(n) if memory == "beside" else 0
             assert 0 <= added - beside - shards < 2_000, (kind, memory)  # rotary frequencies
 
 

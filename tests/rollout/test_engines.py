@@ -28,7 +28,7 @@ from unisd_megatron.rollout.transformers import TransformersEngine
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
-ALONE = Grid(Axis(), Axis(), Axis(), Axis(), Axis(), Axis(), Axis(), torch.device("cpu"))
+ALONE = Grid(*[Axis()] * 9, torch.device("cpu"))
 EOS = 1
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=12, eos_ids=(EOS,))
 WARM = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=12, eos_ids=(EOS,))

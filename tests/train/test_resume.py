@@ -12,6 +12,7 @@ import pytest
 from runs import STAR, curve, run
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.train import checkpoint
+from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
 LAYOUT = {"pipeline_model_parallel_size": 2}
@@ -73,6 +74,26 @@ def test_distributed_optimizer_resumes_under_another_data_parallel_size(world: W
         metrics = run(world, size, output, **STAR, **sharded, **KEEP, **replay, max_steps=6, resume_from_checkpoint="latest")
         for found, wanted in zip(curve(metrics), curve(expected), strict=True):
             assert found == pytest.approx(wanted, rel=1e-4), size
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_experts_dealt_out_anew(world: World, tmp_path: Path, sharded: bool) -> None:
+    """Bit for bit over as many ranks as before, to rounding over others and back: student, teacher and optimizer alike."""
+    write_tiny("qwen3_moe", tmp_path / "moe", seed=0)
+    flags = {**STAR, **KEEP, "save_steps": 1, "model_name": str(tmp_path / "moe"), "use_distributed_optimizer": sharded}
+    dealt: dict[str, Any] = {"expert_model_parallel_size": 2}
+    both = {**dealt, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    run(world, 2, tmp_path / "run0", **flags, **dealt, max_steps=4)
+    expected = [json.loads(line) for line in (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()]
+    replay = {"rollout": "replay", "replay_path": str(tmp_path / "run0" / "rollouts")}
+    # From a checkpoint of two ranks with half of the experts each; of the same; of one with all of them.
+    for number, (size, layout, step) in enumerate([(2, dealt, 2), (1, {}, 2), (4, both, 3)]):
+        output = tmp_path / f"run{number + 1}"
+        shutil.copytree(tmp_path / f"run{2 if number == 2 else 0}", output)
+        checkpoint_of_step = str(output / "checkpoints" / f"step_{step:06d}")
+        metrics = run(world, size, output, **flags, **layout, **replay, max_steps=4, resume_from_checkpoint=checkpoint_of_step)
+        for found, wanted in zip(curve(metrics), curve(expected), strict=True):
+            assert found == (wanted if number == 0 else pytest.approx(wanted, rel=1e-4)), (size, layout)
 
 
 def test_half_written_and_foreign_checkpoints_are_refused(world: World, unbroken: Path, tmp_path: Path) -> None:

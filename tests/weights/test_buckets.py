@@ -23,9 +23,10 @@ LIMIT = 60_000  # bytes: several parameters of the tiny model, and less than its
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("buckets")
-    for family in ("qwen2", "llama"):
+    families = ("qwen2", "llama", "qwen3_moe")
+    for family in families:
         write_tiny(family, root / family, seed=5)
-    return {family: root / family for family in ("qwen2", "llama")}
+    return {family: root / family for family in families}
 
 
 def what_is_wrong(rank: int, group: Any, folder: Path, layout: Layout) -> list[str]:
@@ -74,3 +75,16 @@ def what_is_wrong(rank: int, group: Any, folder: Path, layout: Layout) -> list[s
 def test_every_rank_gets_every_tensor(world: World, folders: dict[str, Path], family: str, layout: Layout) -> None:
     size = layout.model_parallel_size
     assert world.run(size, what_is_wrong, folders[family], layout) == [[]] * size
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (2, Layout(expert_model_parallel_size=2)),
+        (4, Layout(2, sequence_parallel=True, expert_model_parallel_size=2)),
+        (4, Layout(1, 2, expert_model_parallel_size=2)),
+        (4, Layout(expert_model_parallel_size=2)),
+    ],
+)
+def test_every_rank_gets_the_experts_of_others(world: World, folders: dict[str, Path], size: int, layout: Layout) -> None:
+    assert world.run(size, what_is_wrong, folders["qwen3_moe"], layout) == [[]] * size

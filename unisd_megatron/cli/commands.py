@@ -49,7 +49,11 @@ def convert_import(request: argparse.Namespace) -> int:
     _prepare_libraries()
     from unisd_megatron.convert.checkpoints import import_folder
 
-    layout = Layout(request.tensor_model_parallel_size, request.pipeline_model_parallel_size)
+    layout = Layout(
+        request.tensor_model_parallel_size,
+        request.pipeline_model_parallel_size,
+        expert_model_parallel_size=request.expert_model_parallel_size,
+    )
     import_folder(
         request.model_name,
         Path(request.output_dir),
@@ -117,6 +121,7 @@ def parity_layout(request: argparse.Namespace) -> int:
         pipeline_model_parallel_size=request.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
         context_parallel_size=request.context_parallel_size,
+        expert_model_parallel_size=request.expert_model_parallel_size,
         sequence_parallel=request.sequence_parallel,
         packing=not request.no_packing,
         micro_batch_size=request.micro_batch_size,
@@ -149,7 +154,8 @@ def parity_layout(request: argparse.Namespace) -> int:
 
 def _rest(layout: Layout) -> str:
     vpp, cp = layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size
-    return f"VPP {vpp or 1}, CP {cp}, SP {layout.sequence_parallel}, {'packed' if layout.packing else 'padded'}"
+    ep = layout.expert_model_parallel_size
+    return f"VPP {vpp or 1}, CP {cp}, EP {ep}, SP {layout.sequence_parallel}, {'packed' if layout.packing else 'padded'}"
 
 
 def parity_golden(request: argparse.Namespace) -> int:

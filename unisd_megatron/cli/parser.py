@@ -136,6 +136,10 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     flag(parser, "pipeline_model_parallel_size", "--pp", type=int, default=1, metavar="N", help="pipeline stages (1)")
 
 
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "expert_model_parallel_size", "--ep", type=int, default=1, metavar="N", help="ranks that share experts (1)")
+
+
 def _add_tiny(subparsers: Any) -> None:
     parser = _command(subparsers, "tiny", commands.tiny, "Writes a tiny random Hugging Face checkpoint with a tokenizer.")
     flag(parser, "family", required=True, help="model family; a wrong name lists them")
@@ -154,6 +158,7 @@ def _add_convert(subparsers: Any) -> None:
         _add_config_from(one)
     _add_allow_pickle(into)
     _add_layout(into)
+    _add_experts(into)
     flag(out, "max_shard_size", default="5GB", metavar="SIZE", help="of a safetensors file, such as 500MB (5GB)")
 
 
@@ -186,6 +191,7 @@ def _add_parity(subparsers: Any) -> None:
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
     flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
+    _add_experts(layout)
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
     flag(layout, "no_packing", action="store_true", help="a padded row for each sequence")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")

@@ -56,7 +56,7 @@ def import_folder(
 ) -> None:
     """Hugging Face folder, or Megatron-LM checkpoint -> Megatron distributed checkpoint, complete or not there.
 
-    It loads at any layout, however it was written; each tensor keeps its dtype. Collective over TP x PP processes. Raises
+    It loads at any layout, however it was written; each tensor keeps its dtype. Collective over TP x PP x EP processes. Raises
     `CheckpointError` if `target` exists, `CheckFailed` where the disk does not take it; see `open_source`.
     """
     processes = start.world_size_from_environment()
@@ -66,7 +66,7 @@ def import_folder(
         layout = Layout()  # the format is layout-free: one process writes what any layout reads
     elif source.is_megatron:
         raise ConfigError(f"{model_name}: a Megatron checkpoint is read in one process; start without torchrun")
-    layout.data_parallel_size(processes)
+    layout.expert_data_parallel_size(processes)
     with world(layout) as (platform, grid), ExitStack() as stack:
         weights = weights_of(source, platform, grid)
         partial = target.with_name(target.name + ".partial")

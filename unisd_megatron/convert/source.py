@@ -69,7 +69,8 @@ def open_source(
         _check_folder(folder, arch, mappings)
         source = Source(path, arch, mappings, None, folder.dtype(), allow_pickle)
     layout = layout or Layout()
-    arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, model_name)
+    tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+    arch.check_layout(tensor, layout.virtual_stages, model_name, expert)
     return source
 
 

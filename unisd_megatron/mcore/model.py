@@ -21,6 +21,7 @@ from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.layers import layer_spec
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.rope import rotary_embedding
+from unisd_megatron.mcore.shards import EXPERTS
 
 # Transformer Engine folds each norm into the linear layer behind it; one name for both specs.
 _FUSED_NORMS = {
@@ -45,13 +46,16 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
     def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's parameters under canonical names: local-spec names with global layer numbers."""
-        numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(self.decoder.layers)}
+        """This rank's parameters under canonical names: local-spec names with global layer and expert numbers."""
         for name, parameter in self.named_parameters():
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
+                layer = self.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+                if EXPERTS in name:
+                    parts[6] = str(layer.mlp.local_expert_indices[int(parts[6])])
                 tail = ".".join(parts[3:])
-                name = ".".join([*parts[:2], numbers[parts[2]], _FUSED_NORMS.get(tail, tail)])
+                name = ".".join([*parts[:3], _FUSED_NORMS.get(tail, tail)])
             yield name, parameter
 
 
@@ -151,6 +155,8 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.tensor_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -1,7 +1,8 @@
 """This rank's 1/DP of its stage's weights: where the EMA masters live, and the weights that must step aside for others.
 
-The parameters, in the order of `named_shards()`, make one row of numbers. The row is cut into buckets and each bucket into DP
-equal pieces, the last padded with zeros; rank r holds piece r of every bucket. So averaging needs no communication, and
+The parameters, in the order of `named_shards()`, make one row of numbers; experts that are dealt out over ranks make another,
+cut over the ranks that have the same ones. A row is cut into buckets and each bucket into DP equal pieces, the last padded with
+zeros; rank r holds piece r of every bucket. So averaging needs no communication, and
 whatever is gathered is gathered one bucket at a time.
 """
 
@@ -15,13 +16,64 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unisd_megatron.errors import CheckFailed
-from unisd_megatron.grid import Axis
+from unisd_megatron.grid import Axis, Grid
 from unisd_megatron.mechanisms.ema import mix_
 
 BUCKET = 2**25
 """Weights that are gathered, or staged on the device, at a time."""
 
+EXPERTS = ".mlp.experts."
+"""In the canonical names of what expert parallelism deals out."""
+
 Named = Iterable[tuple[str, Tensor]]
+
+
+class StageShards:
+    """This rank's pieces of all weights of its stage, experts apart where expert-parallel ranks have different ones.
+
+    Methods as those of `WeightShards`; collective over the ranks with the same weights.
+    Args: shards: canonical name and this rank's tensor (`Stage.named_shards`); how: see `WeightShards`.
+    """
+
+    def __init__(self, shards: Named, grid: Grid, *, dtype: torch.dtype | None = None, on_host: bool = False) -> None:
+        self._apart = grid.expert.size > 1
+        axes = (grid.data_context, grid.expert_data)
+        self._rows = [
+            WeightShards(part, axis, dtype=dtype, on_host=on_host)
+            for part, axis in zip(self._divided(shards), axes, strict=True)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pieces."""
+        return functools.reduce(torch.promote_types, (row.values.dtype for row in self._rows if row.values.numel()))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pieces."""
+        return sum(row.values.untyped_storage().nbytes() for row in self._rows)
+
+    def take(self, shards: Named) -> None:
+        for row, part in zip(self._rows, self._divided(shards), strict=True):
+            row.take(part)
+
+    def mix_(self, shards: Named, beta: float) -> None:
+        for row, part in zip(self._rows, self._divided(shards), strict=True):
+            row.mix_(part, beta)
+
+    def write_(self, shards: Named) -> None:
+        for row, part in zip(self._rows, self._divided(shards), strict=True):
+            row.write_(part)
+
+    def to_host(self) -> dict[str, Tensor]:
+        """By canonical name: content on the first of the ranks that have the same weight, `meta` tensors elsewhere."""
+        return {name: tensor for row in self._rows for name, tensor in row.to_host().items()}
+
+    def _divided(self, shards: Named) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        rows: tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]] = ([], [])
+        for name, tensor in shards:
+            rows[self._apart and EXPERTS in name].append((name, tensor))
+        return rows
 
 
 class WeightShards:
@@ -39,7 +91,7 @@ class WeightShards:
         shards = list(shards)
         self.axis = axis
         self._shapes = {name: tensor.shape for name, tensor in shards}
-        self._device = shards[0][1].device
+        self._device = shards[0][1].device if shards else torch.device("cpu")
         total = sum(tensor.numel() for _, tensor in shards)
         self._buckets = [(start, min(start + bucket, total)) for start in range(0, total, bucket)]
         self.values = torch.zeros(
@@ -135,4 +187,4 @@ def _overlap(flat: list[Tensor], start: int, stop: int) -> Iterator[tuple[Tensor
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.bool)

@@ -81,6 +81,8 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.tensor_model_parallel_size,
     )
     megatron_random.initialize_rng_tracker(force_reset=True)
     megatron_random.model_parallel_cuda_manual_seed(seed)
@@ -95,6 +97,8 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         context=axis(parallel_state.get_context_parallel_group()),
         data=axis(parallel_state.get_data_parallel_group()),
         data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        expert=axis(parallel_state.get_expert_model_parallel_group()),
+        expert_data=axis(parallel_state.get_expert_data_parallel_group()),
         replica=axis(_replica_group(layout)),
         world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD if dist.get_world_size() > 1 else None),
         device=platform.device,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from unisd_megatron.errors import CheckpointError
-from unisd_megatron.mcore import teacher_state
+from unisd_megatron.mcore import optimizer_state, teacher_state
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.reading import read_metadata
 from unisd_megatron.mcore.skeleton import checkpoint_metadata
@@ -74,7 +74,7 @@ def load(folder: Path, model: Stage, student: Student | None = None, teacher: Te
         quiet.setLevel(level)
     model.load_state_dict(loaded[STUDENT], f"{STUDENT}.")
     if student is not None:
-        student.optimizer.load_state_dict(loaded[OPTIMIZER])
+        optimizer_state.restore(student.optimizer, loaded[OPTIMIZER])
     if teacher is not None and teacher.kind != "live":
         teacher.restore(loaded[TEACHER])
 
@@ -84,7 +84,7 @@ def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is
     of_model = model.sharded_state_dict(prefix=f"{STUDENT}.", metadata=metadata)
     state: dict[str, Any] = {STUDENT: of_model}
     if student is not None:
-        state[OPTIMIZER] = student.optimizer.sharded_state_dict(of_model, is_loading=is_loading, metadata=metadata)
+        state[OPTIMIZER] = optimizer_state.describe(student.optimizer, of_model, metadata, is_loading=is_loading)
     if teacher is not None and teacher.kind != "live":
         state[TEACHER] = teacher_state.describe(teacher, f"{TEACHER}.", metadata, is_loading=is_loading)
     return state

@@ -19,7 +19,7 @@ from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.schedule import Said
-from unisd_megatron.mcore.shards import WeightShards
+from unisd_megatron.mcore.shards import StageShards
 
 
 class Teacher:
@@ -49,10 +49,10 @@ class Teacher:
         self._head: Tensor | None = None
         # Weights of its own keep `requires_grad`, which nothing uses: Megatron's linear layers add the bias of frozen weights
         # in another order, and where a teacher is kept would show in its last digits.
-        self.shards: WeightShards | None = None
+        self.shards: StageShards | None = None
         if kind == "ema" or self._borrows:
             dtype = torch.float32 if kind == "ema" else None
-            self.shards = WeightShards(model.named_shards(), grid.data_context, dtype=dtype, on_host=self._on_host)
+            self.shards = StageShards(model.named_shards(), grid, dtype=dtype, on_host=self._on_host)
 
     def score(self, views: Sequence[View], listen: Callable[[int, Tensor], Said]) -> list[Said]:
         """Reads the views in one forward-only schedule; see `schedule.score`. With borrowed weights also collective over DP."""
@@ -112,7 +112,7 @@ class Teacher:
             return
         assert self.shards is not None
         # Made anew for each pass: the student's backward, the step's peak of memory, does not have it.
-        aside = WeightShards(self.model.named_shards(), self.grid.data_context, on_host=self._on_host)
+        aside = StageShards(self.model.named_shards(), self.grid, on_host=self._on_host)
         try:
             self._head = None
             self.shards.write_(self.model.named_shards())

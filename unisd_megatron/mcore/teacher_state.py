@@ -23,7 +23,7 @@ def describe(teacher: Teacher, prefix: str, metadata: dict[str, Any], *, is_load
     Raises `CheckpointError` if a weight of the teacher would not be in the checkpoint.
     """
     names = {parameter.data_ptr(): name for name, parameter in teacher.model.named_shards()}
-    dtype = None if teacher.shards is None else teacher.shards.values.dtype
+    dtype = None if teacher.shards is None else teacher.shards.dtype
     content = (
         {
             name: torch.empty_like(parameter, dtype=dtype, device="cpu", requires_grad=False)

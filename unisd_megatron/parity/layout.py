@@ -75,7 +75,8 @@ class Rig:
         self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
         self.arch = family_named(family).arch(self.references[0].config.to_dict())
         self.mappings = family_named(family).mappings(self.arch)
-        self.arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, f"the tiny {family}")
+        tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+        self.arch.check_layout(tensor, layout.virtual_stages, f"the tiny {family}", expert)
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
             self._load(model, reference)

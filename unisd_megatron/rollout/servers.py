@@ -38,8 +38,8 @@ class ServerEngine:
     def __init__(self, urls: Sequence[str], grid: Grid, *, timeout_s: float, max_model_len: int) -> None:
         self._grid, self._timeout_s, self._version = grid, timeout_s, 0
         self._drives = grid.world.rank == 0
-        self._replica_0 = grid.data.rank == 0 and grid.context.rank == 0
-        self._sends = self._replica_0 and grid.tensor.rank == 0
+        self._brings = grid.expert_data.rank == 0  # replica 0, and the ranks with the experts that it lacks
+        self._sends = grid.data_context.rank == 0 and grid.tensor.rank == 0
         self._links: dict[str, Link] = {}  # by URL, on senders
         self._pending: list[tuple[int, Future[list[Completion]]]] = []  # on rank 0, with the version that samples it
         self._run = secrets.token_hex(4)  # so that a server which still holds another run's weights is not taken for ours
@@ -83,19 +83,19 @@ class ServerEngine:
         """See `RolloutEngine.refresh`. Lost servers that answer again are taken back in."""
         if self._pool is not None:
             wait([future for _, future in self._pending])  # what is being sampled keeps its weights
-        if self._replica_0:
+        if self._brings:
             self._send(weights, step)
         self._members = self._on_driver(lambda pool: self._finish(pool, step))
         self._version = step
 
     def _send(self, weights: Weights, step: int) -> None:
-        """All ranks of replica 0 bring their buckets; its senders carry them."""
+        """The ranks that bring the buckets together; of them, the senders carry them."""
         urls: list[str] = self._meet() if self._sends else []
         if self._sends:
             failed = self._together(urls, _start_anew, lambda url: None)
             urls = [url for url in urls if url not in failed]
         for number in range(len(weights)):
-            flat = weights.flat(number)  # a collective of the stage's tensor-parallel ranks
+            flat = weights.flat(number)  # a collective of the stage's ranks that bring it
             if self._sends:
                 urls = self._carry(weights, number, flat, urls)
 

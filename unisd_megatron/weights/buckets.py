@@ -1,8 +1,9 @@
 """The student's weights on their way to a rollout engine: full Hugging Face tensors, a bounded bucket at a time.
 
-A bucket holds whole parameters of one pipeline stage, up to `bucket_bytes` (one parameter may be more). It costs one
-all-gather over the tensor-parallel group and, where ranks of other stages want it, one broadcast; what it is made of is agreed
-on once, so that no names or shapes travel with the weights. Memory beyond the models: two buckets where it is received, three
+A bucket holds whole parameters of one pipeline stage, up to `bucket_bytes` (one parameter may be more), and of one
+expert-parallel rank where these hold different experts. It costs one all-gather over the tensor-parallel group, a broadcast to
+the ranks without these experts and, where ranks of other stages want it, one more; what it is made of is agreed on once, so
+that no names or shapes travel with the weights. Memory beyond the models: two buckets where it is received, three
 for a moment where it is gathered.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.families import Mapping
-from unisd_megatron.grid import Grid
+from unisd_megatron.grid import Axis, Grid
+from unisd_megatron.weights.stream import holders
 
 BUCKET_BYTES = 256 << 20
 
@@ -28,16 +31,23 @@ Bucket = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class _Plan:
-    """One bucket: its parameters, the shapes of the full tensors, and the pipeline rank that holds them."""
+    """One bucket: its parameters, the shapes of the full tensors, the pipeline rank that holds them, and the expert-parallel
+    rank, None where all of these do."""
 
     mappings: list[Mapping]
     shapes: list[tuple[str, tuple[int, ...]]]
     dtype: torch.dtype
     stage: int
+    expert: int | None
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for _, shape in self.shapes)
 
 
 class WeightStream:
-    """A repeatable stream of this model's weights. Built and read by all ranks of a replica together.
+    """A repeatable stream of this model's weights. Built and read together by all ranks of a replica and those that have the
+    experts it lacks.
 
     Args: shards: this rank's parameters under canonical names (`Stage.named_shards`), read anew for each pass.
     """
@@ -73,28 +83,36 @@ class WeightStream:
 
     @torch.no_grad()
     def everywhere(self) -> Iterator[Bucket]:
-        """Every bucket on every rank of the replica. Collective over the replica."""
+        """Every bucket on every rank. Collective over the replica and the expert-parallel group."""
         mine = dict(self._shards())
         for number, plan in enumerate(self._plans):
             flat = self.flat(number, mine)
             if self._grid.pipeline.group is not None:
-                if flat is None:
-                    size = sum(torch.Size(shape).numel() for _, shape in plan.shapes)
-                    flat = torch.empty(size, dtype=plan.dtype, device=self._grid.device)
-                root = dist.get_global_rank(self._grid.pipeline.group, plan.stage)
-                dist.broadcast(flat, src=root, group=self._grid.pipeline.group)
+                flat = self._broadcast(flat, plan, plan.stage, self._grid.pipeline)
             assert flat is not None
             yield unpack(flat, plan.shapes)
 
     @torch.no_grad()
     def flat(self, number: int, mine: dict[str, Tensor] | None = None) -> Tensor | None:
-        """A bucket as one row on the ranks of the stage that holds it, None elsewhere. Collective over the stage's TP group."""
+        """A bucket as one row on the ranks of the stage that holds it, None elsewhere.
+
+        Collective over the stage's tensor-parallel and expert-parallel groups.
+        """
         plan = self._plans[number]
         if plan.stage != self._grid.pipeline.rank:
             return None
-        mine = dict(self._shards()) if mine is None else mine
-        tensors = _gather(plan, mine, self._grid)
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat = None
+        if plan.expert in (None, self._grid.expert.rank):
+            tensors = _gather(plan, dict(self._shards()) if mine is None else mine, self._grid)
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return flat if plan.expert is None else self._broadcast(flat, plan, plan.expert, self._grid.expert)
+
+    def _broadcast(self, flat: Tensor | None, plan: _Plan, source: int, axis: Axis) -> Tensor:
+        if flat is None:
+            flat = torch.empty(plan.numel, dtype=plan.dtype, device=self._grid.device)
+        assert axis.group is not None
+        dist.broadcast(flat, src=dist.get_global_rank(axis.group, source), group=axis.group)
+        return flat
 
 
 def unpack(flat: Tensor, shapes: Sequence[tuple[str, Sequence[int]]]) -> Bucket:
@@ -121,23 +139,28 @@ def _gather(plan: _Plan, mine: dict[str, Tensor], grid: Grid) -> list[Tensor]:
 
 
 def _plan(mine: dict[str, Tensor], mappings: Sequence[Mapping], grid: Grid, bucket_bytes: int) -> list[_Plan]:
-    """The buckets, the same on every rank of the replica. Collective over the pipeline group."""
-    held = {name: [list(shard.shape), str(shard.dtype).removeprefix("torch.")] for name, shard in mine.items()}
-    owners: dict[str, tuple[int, list[int], str]] = {}
-    for stage, names in enumerate(all_gather_json(held, grid.pipeline)):
-        for name, (shape, dtype) in names.items():
-            owners.setdefault(name, (stage, shape, dtype))  # the first where two hold it (tied embeddings)
-    by_owner = sorted(mappings, key=lambda mapping: owners[mapping.megatron][0])  # stable: layers stay in order
+    """The buckets, the same on every rank. Collective over the replica and the expert-parallel group."""
+    owners = holders(mine, grid)
+    here = {name: [list(shard.shape), str(shard.dtype).removeprefix("torch.")] for name, shard in mine.items()}
+    on_stage = {name: like for part in all_gather_json(here, grid.expert) for name, like in part.items()}
+    like_of = {name: like for part in all_gather_json(on_stage, grid.pipeline) for name, like in part.items()}
+
+    def owner(mapping: Mapping) -> tuple[int, int, str]:
+        stage, expert = owners[mapping.megatron]
+        return stage, -1 if expert is None else expert, like_of[mapping.megatron][1]
+
     plans: list[_Plan] = []
-    for (stage, name), group in itertools.groupby(by_owner, lambda m: (owners[m.megatron][0], owners[m.megatron][2])):
-        plan, held_bytes = _Plan([], [], getattr(torch, name), stage), 0
+    # Sorting is stable: layers stay in order.
+    for (stage, expert, name), group in itertools.groupby(sorted(mappings, key=lambda m: owner(m)[:2]), owner):
+        begin = partial(_Plan, dtype=getattr(torch, name), stage=stage, expert=None if expert < 0 else expert)
+        plan, held_bytes = begin([], []), 0
         for mapping in group:
-            like = [torch.empty(owners[mapping.megatron][1], device="meta")] * grid.tensor.size
+            like = [torch.empty(like_of[mapping.megatron][0], device="meta")] * grid.tensor.size
             shapes = [(hf, tuple(tensor.shape)) for hf, tensor in zip(mapping.hf, mapping.join(like), strict=True)]
             size = sum(torch.Size(shape).numel() for _, shape in shapes) * plan.dtype.itemsize
             if plan.mappings and held_bytes + size > bucket_bytes:
                 plans.append(plan)
-                plan, held_bytes = _Plan([], [], plan.dtype, stage), 0
+                plan, held_bytes = begin([], []), 0
             plan.mappings.append(mapping)
             plan.shapes.extend(shapes)
             held_bytes += size

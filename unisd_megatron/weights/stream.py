@@ -54,30 +54,37 @@ def check_shapes(mapping: Mapping, tensors: Sequence[Tensor], where: object) -> 
 
 @torch.no_grad()
 def full_tensors(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], grid: Grid) -> Iterator[tuple[str, Tensor]]:
-    """Yields `(HF name, full tensor)` of every parameter, on every rank of the replica. Collective over the replica.
+    """Yields `(HF name, full tensor)` of every parameter, on every rank. Collective over replica and expert-parallel group.
 
-    Each pipeline stage gathers its own shards over the tensor-parallel group and broadcasts the result; at most one
-    Megatron parameter is in flight. Tied heads are not yielded: a tied model has no tensor of that name.
+    Each pipeline stage gathers its own shards over the tensor-parallel group, the rank with an expert gives it to those
+    without, and the stage broadcasts the result; at most one Megatron parameter is in flight. Tied heads are not yielded: a
+    tied model has no tensor of that name.
     """
     mine = dict(shards)
-    owners = _owners(mine, grid)
+    owners = holders(mine, grid)
     for mapping in mappings:
-        owner = owners[mapping.megatron]
-        if owner == grid.pipeline.rank:
+        stage, expert = owners[mapping.megatron]
+        full = [torch.empty(0)] * len(mapping.hf)
+        if stage == grid.pipeline.rank and expert in (None, grid.expert.rank):
             full = mapping.join(_gather(mine[mapping.megatron].detach(), grid.tensor))
-        else:
-            full = [torch.empty(0)] * len(mapping.hf)
         for name, tensor in zip(mapping.hf, full, strict=True):
-            yield name, _broadcast(tensor, owner, grid)
+            if stage == grid.pipeline.rank and expert is not None:
+                tensor = _broadcast(tensor, expert, grid.expert, grid.device)
+            yield name, _broadcast(tensor, stage, grid.pipeline, grid.device)
 
 
-def _owners(mine: dict[str, Tensor], grid: Grid) -> dict[str, int]:
-    """Pipeline rank that holds each parameter; the first where two do (tied embeddings)."""
-    owners: dict[str, int] = {}
-    for rank, held in enumerate(all_gather_json(list(mine), grid.pipeline)):
-        for name in held:
-            owners.setdefault(name, rank)
-    return owners
+def holders(mine: Iterable[str], grid: Grid) -> dict[str, tuple[int, int | None]]:
+    """Who has each parameter: the pipeline rank, the first where two do (tied embeddings), and the expert-parallel rank, None
+    where all of these ranks do. Collective over the replica and the expert-parallel group.
+    """
+    by_rank = [set(names) for names in all_gather_json(list(mine), grid.expert)]
+    everyone = set.intersection(*by_rank)
+    held = {name: None if name in everyone else rank for rank, names in enumerate(by_rank) for name in sorted(names)}
+    found: dict[str, tuple[int, int | None]] = {}
+    for stage, names in enumerate(all_gather_json(held, grid.pipeline)):
+        for name, expert in names.items():
+            found.setdefault(name, (stage, expert))
+    return found
 
 
 def _gather(shard: Tensor, axis: Axis) -> list[Tensor]:
@@ -88,14 +95,13 @@ def _gather(shard: Tensor, axis: Axis) -> list[Tensor]:
     return shards
 
 
-def _broadcast(tensor: Tensor, owner: int, grid: Grid) -> Tensor:
-    if grid.pipeline.group is None:
+def _broadcast(tensor: Tensor, owner: int, axis: Axis, device: torch.device) -> Tensor:
+    if axis.group is None:
         return tensor
-    source = dist.get_global_rank(grid.pipeline.group, owner)
     header = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
-    shape, dtype = broadcast_json(header, owner, grid.pipeline)
-    if owner != grid.pipeline.rank:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=grid.device)
+    shape, dtype = broadcast_json(header, owner, axis)
+    if owner != axis.rank:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     tensor = tensor.contiguous()
-    dist.broadcast(tensor, src=source, group=grid.pipeline.group)
+    dist.broadcast(tensor, src=dist.get_global_rank(axis.group, owner), group=axis.group)
     return tensor
