@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import colocated_checks as checks
 from distributions import log_probs_of
+from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.hf import save_folder
-from unisd_megatron.weights.tiny import EOS_ID, PAD_ID
+from unisd_megatron.weights.tiny import EOS_ID, PAD_ID, write_tiny
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(900)
@@ -99,3 +100,34 @@ def test_completions_are_draws_from_the_sampling_distribution(found: dict[str, A
         for request, (ids, log_probs, reason) in zip(checks.requests(), said, strict=True):
             assert (reason == "stop") == (ids[-1] == EOS_ID) and len(log_probs) == len(ids)
             assert log_probs == pytest.approx(log_probs_of(model, request.prompt, ids, sampling), abs=2e-5)
+
+
+def test_experts_dealt_out_over_ranks_arrive_too(tmp_path: Path) -> None:
+    """A run with expert parallelism: the first sync proves every tensor, each sync the log-probs."""
+    write_tiny("qwen3_moe", tmp_path / "moe", seed=0)
+    flags = {
+        "model_name": tmp_path / "moe",
+        "output_dir": tmp_path / "run",
+        "mode": "vanilla",
+        "dataset": "addition",
+        "num_train_examples": 16,
+        "global_batch_size": 8,
+        "max_prompt_length": 128,
+        "max_completion_length": 16,
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "expert_model_parallel_size": 2,
+        "vllm_kv_cache_gib": 0.1,
+    }
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "unisd_megatron", "train", "--use_vllm"]
+    done = subprocess.run(
+        [sys.executable, *words, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,  # 25 s on two idle cores
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) == 3
+    assert all(0 < row["rollout/sync_gap"] <= 1e-5 and 0 < row["rollout/logp_gap"] <= 1e-5 for row in metrics)

@@ -30,7 +30,7 @@ class Mapping(ABC):
 
     @abstractmethod
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The full tensors in the order of `hf`, from the shards of all tensor-parallel ranks in order."""
+        """The full tensors in the order of `hf`, from the shards of all tensor-parallel ranks in order; views where it can."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Split(Mapping):
         return tensors[0].chunk(size, self.dim)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards), self.dim)]
+        return [_concatenated(shards, self.dim)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Vocabulary(Mapping):
         return torch.cat([part, part.new_zeros(rows - part.shape[0], full.shape[1])])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(shards))[: self.shapes[0][0]]]
+        return [_concatenated(shards)[: self.shapes[0][0]]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class GateUp(Mapping):
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+        return [_concatenated([half[i] for half in halves]) for i in range(2)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class QKV(Mapping):
         return torch.cat(parts, 1).chunk(size)[rank].flatten(0, 1)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        full = torch.cat(list(shards))
+        full = _concatenated(shards)
         grouped = full.reshape(self.groups, sum(self._rows), *full.shape[1:])
         return [part.flatten(0, 1) for part in grouped.split(self._rows, 1)]
 
@@ -104,3 +104,7 @@ class QKV(Mapping):
     def _rows(self) -> list[int]:
         """Rows of the query, key and value parts of one query group."""
         return [shape[0] // self.groups for shape in self.shapes]
+
+
+def _concatenated(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)

@@ -160,7 +160,8 @@ def _digest(tensor: Tensor) -> str:
 
 def _effect(module: torch.nn.Module) -> Tensor:
     """The output for one fixed input of a linear layer or head."""
-    width = int(getattr(module, "input_size_per_partition", 0) or module.embedding_dim)  # type: ignore[arg-type]
+    widths = (getattr(module, name, None) for name in ("input_size_per_partition", "embedding_dim", "input_size"))
+    width = next(int(one) for one in widths if one)
     given = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
     weight = next(module.parameters())
     return module.quant_method.apply(module, given.to(weight), bias=None)  # type: ignore[union-attr, operator]
