@@ -34,11 +34,13 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo  # imported by the first optimizer or checkpoint anyway; seconds per worker if not done before the fork
 import torch.distributed as dist
 
 GRACE_S = 0.2  # how long the other ranks may take to answer once one rank has failed; they may wait for it for ever
+MOST_THREADS = 30  # of a worker between calls; one that has trained a dense model keeps about ten
 
 
 class WorkerError(RuntimeError):
@@ -60,6 +62,7 @@ class World:
         self.preload = tuple(preload)
         self.timeout_s = timeout_s
         self._workers: list[tuple[int, Connection]] = []  # process id and pipe
+        self._leaving: list[Connection] = []  # of workers that have answered and still end their groups
         self._nursery: tuple[int, Connection] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
@@ -101,6 +104,8 @@ class World:
         """`fn(rank, group, *args)` on the first `size` ranks; what each returned. fn is a function at module level."""
         if not 1 <= size <= self.size:
             raise ValueError(f"this world has 1..{self.size} ranks, asked for {size}")
+        if self._is_worn():
+            self.close()
         if not self._workers:
             self._fork()
         self._calls += 1
@@ -123,7 +128,20 @@ class World:
             raise error from RemoteTraceback(f"rank {rank} of {size}:\n{text}")
         if missing:
             raise WorkerError(f"{getattr(fn, '__name__', fn)}: no answer in time from rank(s) {missing} of {size}; pool killed")
+        self._leaving = [connection for _, connection in members]
         return [answers[rank][1] for rank in range(size)]
+
+    def _is_worn(self) -> bool:
+        """Whether workers have kept groups of earlier calls: each of their threads wakes a hundred times a second.
+
+        A mixture of experts that was trained is held by hooks of its own and holds its groups.
+        """
+        try:
+            return any(not one.poll(self.timeout_s) or one.recv() > MOST_THREADS for one in self._leaving)
+        except EOFError:
+            return True
+        finally:
+            self._leaving = []
 
     def _collect(self, members: list[tuple[Any, Connection]], deadline: float) -> dict[int, tuple[Any, ...]]:
         answers: dict[int, tuple[Any, ...]] = {}
@@ -145,7 +163,7 @@ class World:
             connection.close()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)  # its children too, such as Megatron's checkpoint writer
-        self._workers = []
+        self._workers, self._leaving = [], []
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -201,6 +219,7 @@ def _serve(rank: int, folder: str, timeout_s: float) -> None:
         else:
             connection.send_bytes(message)
             _leave()
+            connection.send(psutil.Process().num_threads())
 
 
 def _join(rank: int, size: int, store: str, timeout_s: float) -> None:
