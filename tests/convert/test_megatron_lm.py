@@ -19,8 +19,8 @@ from unisd_megatron.cli import main
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.source import open_source
 from unisd_megatron.families.mapping import Vocabulary
+from unisd_megatron.mcore import layers, start
 from unisd_megatron.mcore import platform as platforms
-from unisd_megatron.mcore import start
 from unisd_megatron.mcore.model import build
 from unisd_megatron.mcore.skeleton import checkpoint_metadata
 from unisd_megatron.weights import stream
@@ -29,16 +29,30 @@ from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
 FORMS = {"stacked": {}, "apart": {"non_homogeneous_layers": True}, "singletons": {"singleton_local_shards": True}}
+LOCAL_SPEC = layers._local_spec
 PADDED = 512  # Megatron-LM pads to a multiple of 128 x TP; ours would be 384
 
 
+def local_spec_with_the_keys_of_transformer_engine(*words: Any) -> Any:
+    """Its spec of a layer with experts leaves the norm before them its own name (gpt_layer_specs.py)."""
+    spec = LOCAL_SPEC(*words)
+    assert "pre_mlp_layernorm." in spec.submodules.sharded_state_dict_keys_map
+    spec.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return spec
+
+
 def save_as_megatron_lm(rank: int, group: Any, folder: str, root: Path, layout: Layout, form: dict[str, bool]) -> None:
-    """ROOT/iter_0000007 as Megatron-LM writes it: a model without prefix, arguments, random states, optimizer tensors."""
+    """ROOT/iter_0000007 as Megatron-LM writes it: a model without prefix, arguments, random states, optimizer tensors.
+
+    With experts, under the keys that Transformer Engine's modules have.
+    """
     source = open_source(folder)
     arch = dataclasses.replace(source.arch, vocab_size=PADDED)
     mappings = [dataclasses.replace(m, padded=PADDED) if isinstance(m, Vocabulary) else m for m in source.mappings]
     platform = platforms.choose()
-    with start.world(platform, layout, seed=1) as grid:
+    with pytest.MonkeyPatch.context() as patch, start.world(platform, layout, seed=1) as grid:
+        if arch.experts is not None:
+            patch.setattr(layers, "_local_spec", local_spec_with_the_keys_of_transformer_engine)
         (model,) = build(arch, layout, platform, grid).chunks
         stream.load(model.named_shards(), mappings, HfFolder(folder), grid.tensor)
         state = {
@@ -57,9 +71,9 @@ def save_as_megatron_lm(rank: int, group: Any, folder: str, root: Path, layout: 
 
 @pytest.fixture(scope="module")
 def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf-FAMILY` and `lm-FAMILY-FORM` of two families, tied and not, and of every form."""
+    """`hf-FAMILY` and `lm-FAMILY-FORM` of three families, tied and not, with experts, and of every form."""
     folder = tmp_path_factory.mktemp("lm")
-    for family, layout in (("qwen2", Layout(2, 2)), ("llama", Layout(2, 1))):
+    for family, layout in (("qwen2", Layout(2, 2)), ("llama", Layout(2, 1)), ("qwen3_moe", Layout(1, 2))):
         write_tiny(family, folder / f"hf-{family}", seed=2)
         for name, form in FORMS.items():
             size = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
@@ -77,7 +91,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3_moe"])
 def test_it_is_exported_and_imported(saved: Path, tmp_path: Path, family: str, form: str) -> None:
     root, hf = saved / f"lm-{family}-{form}", saved / f"hf-{family}"
     assert run("convert", "export", "--model_name", root, "--config_from", hf, "--output_dir", tmp_path / "out") == 0

@@ -34,6 +34,8 @@ from unisd_megatron.mcore.platform import Platform
 _OF_A_MODEL = ("embedding.", "decoder.", "output_layer.")
 _FORMS: tuple[dict[str, bool], ...] = ({}, {"non_homogeneous_layers": True}, {"singleton_local_shards": True})
 """How layers may lie in a checkpoint: stacked, each by itself, each by itself with gates apart."""
+_LOCAL_NORM, _TRANSFORMER_ENGINE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+"""Keys of the norm before experts: Megatron's local modules write the dense one's, Transformer Engine's keep the module's."""
 
 _METADATA_ROOMS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _METADATA_CLASSES = {
@@ -97,7 +99,7 @@ class ModelReader:
         self._prefix = "student." if any(name.startswith("student.") for name in self._held) else ""
         stage = skeleton.empty_stage(arch, Layout(), platform, grid)
         self._shapes = {name: parameter.shape for name, parameter in stage.named_shards()}
-        forms = [self._form(stage, how) for how in _FORMS]
+        forms = [form for how in _FORMS for form in _spellings(self._form(stage, how))]
         # The form of which most is there: the complaint is then about what is really missing.
         self._described = max(forms, key=lambda form: sum(piece.key in self._held for piece in _pieces(form)))
         self._check()
@@ -171,6 +173,13 @@ class ModelReader:
         for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             content = content.narrow(axis, start, length)
         return content
+
+
+def _spellings(form: dict[str, skeleton.Described]) -> Iterator[dict[str, skeleton.Described]]:
+    yield form
+    yield {
+        name: dataclasses.replace(one, key=one.key.replace(_LOCAL_NORM, _TRANSFORMER_ENGINE_NORM)) for name, one in form.items()
+    }
 
 
 def _pieces(form: dict[str, skeleton.Described]) -> Iterator[ShardedTensor]:
