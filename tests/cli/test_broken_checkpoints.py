@@ -70,6 +70,17 @@ def header(change: Callable[[str], str]) -> Damage:
     return content(edit)
 
 
+def norm(**changes: Any) -> Damage:
+    """Changes what the header states of one tensor."""
+
+    def change(text: str) -> str:
+        held = json.loads(text)
+        held[NORM] |= changes
+        return json.dumps(held)
+
+    return header(change)
+
+
 def config(**changes: Any) -> Damage:
     def damage(folder: Path) -> None:
         path = folder / "config.json"
@@ -125,6 +136,19 @@ FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
         "one",
         header(lambda text: re.sub(r'"shape":\[\d+\]', '"shape":[7]', text, count=1)),
         ["model.safetensors", "tensor model.layers.0.", "(7,)"],
+    ),
+    "a dtype that is a list": ("one", norm(dtype=["F32"]), ["model.safetensors", NORM, "dtype"]),
+    "a shape that is not whole": ("one", norm(shape=[256.0]), ["model.safetensors", NORM, "shape"]),
+    "offsets that are null": ("one", norm(data_offsets=[None, None]), ["model.safetensors", NORM, "data_offsets"]),
+    "a header too deep": (
+        "one",
+        content(lambda data: (200_000).to_bytes(8, "little") + b"[" * 200_000),
+        ["model.safetensors", "not a safetensors file"],
+    ),
+    "a config too deep": (
+        "one",
+        lambda folder: (folder / "config.json").write_text("[" * 200_000),
+        ["model/config.json", "not JSON"],
     ),
     "a shape that is not the model's": (
         "one",

@@ -51,6 +51,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "another activation": (config(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
     "another RoPE": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["'yarn'"]),
     "generation config": (text("generation_config.json", "nothing"), ["generation_config.json", "not JSON"]),
+    "generation config with a word for an end": (
+        text("generation_config.json", '{"eos_token_id": "end"}'),
+        ["generation_config.json", "eos_token_id is 'end'"],
+    ),
     "tokenizer": (text("tokenizer.json", "{}"), ["tokenizer cannot be loaded"]),
     "too few positions": (config(max_position_embeddings=20), ["20 positions", "--max_prompt_length"]),
 }

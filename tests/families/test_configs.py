@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from unisd_megatron.convert.source import open_source
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import FAMILIES, family_of
 from unisd_megatron.families.published import published
+from unisd_megatron.mcore.rope import rotary_embedding
 from unisd_megatron.weights import internlm3
 from unisd_megatron.weights.hf import HfFolder
 from unisd_megatron.weights.tiny import byte_tokenizer
@@ -123,11 +126,105 @@ def test_details_that_a_count_does_not_show() -> None:
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "9 of only 8"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}, "layer_types has more than full_attention"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types has more than full_attention"),
+        ("qwen3_moe", {"layer_types": "full_attention"}, "layer_types has more than full_attention"),
     ],
 )
 def test_what_a_family_file_does_not_cover_is_refused(family: str, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        FAMILIES[family].arch({**FAMILIES[family].tiny_config(), "vocab_size": 300} | change)
+        FAMILIES[family].arch(with_changes(family, change))
+
+
+def with_changes(family: str, change: dict[str, Any]) -> dict[str, Any]:
+    return {**FAMILIES[family].tiny_config(), "vocab_size": 300} | change
+
+
+def without(stated: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in stated.items() if key != name}
+
+
+LLAMA3 = FAMILIES["llama"].tiny_config()["rope_parameters"]
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_parameters": PLAIN, "rope_scaling": LLAMA3}),  # transformers 5 reads the second, 4 knows no first
+        ("llama", {"rope_parameters": {**PLAIN, "rope_theta": 5e5}, "rope_scaling": {"rope_type": "default"}}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("gemma3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}),  # 5 passes over `type`
+        ("llama", {"original_max_position_embeddings": 64}),
+    ],
+)
+def test_a_rope_that_is_stated_twice_and_differs_is_refused(family: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="keep the one that is meant"):
+        FAMILIES[family].arch(with_changes(family, change))
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 256}),
+        (
+            "llama",
+            {
+                "rope_parameters": without(LLAMA3, "original_max_position_embeddings"),
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("gemma3", {"rope_parameters": {"full_attention": None, "sliding_attention": None}}),
+        ("gemma3", {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5e5}),
+    ],
+)
+def test_a_rope_has_the_frequencies_that_transformers_gives_it(family: str, change: dict[str, Any]) -> None:
+    config = with_changes(family, change)
+    arch = FAMILIES[family].arch(config)
+    settings = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **settings)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(known).model.rotary_emb)
+    theirs = {name.removesuffix("inv_freq"): one for name, one in kind(known).named_buffers() if "original" not in name}
+    made: Any = rotary_embedding(arch, SimpleNamespace(use_cpu_initialization=True))  # type: ignore[arg-type]
+    ours = {"": made} if arch.local is None else {"full_attention_": made.of_global, "sliding_attention_": made.of_local}
+    assert theirs.keys() == ours.keys()
+    for name, embedding in ours.items():
+        assert torch.allclose(embedding.inv_freq, theirs[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        *(("llama", {"rms_norm_eps": value}) for value in (None, "a", -1, math.nan, 10**400, True)),
+        *(("llama", {"rope_parameters": {**PLAIN, "rope_theta": value}}) for value in ("abc", None, -5)),
+        *(("llama", {"rope_parameters": {**without(LLAMA3, "factor"), "factor": value}}) for value in (None, 0)),
+        ("llama", {"rope_parameters": {**without(LLAMA3, "low_freq_factor"), "low_freq_factor": 4.0}}),
+        ("llama", {"rope_parameters": "x"}),
+        ("llama", {"head_dim": 33}),
+        ("llama", {"tie_word_embeddings": "false"}),
+        ("llama", {"vocab_size": 10**30}),
+        ("internlm3", {"qkv_bias": "false"}),
+        ("qwen3_moe", {"norm_topk_prob": "false"}),
+        *(("gemma3", {"query_pre_attn_scalar": value}) for value in (0, None, "x", -4)),
+        ("gemma3", {"rope_parameters": None, "rope_theta": None}),
+        ("gemma3", {"rope_parameters": {"full_attention": 5}}),
+        *(("gemma3", {"layer_types": value}) for value in (5, "abcd", [{}] * 4)),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_its_key(family: str, change: dict[str, Any]) -> None:
+    key, value = list(change.items())[-1]
+    if isinstance(value, dict):
+        key = list(value)[-1]
+    with pytest.raises(ConfigError, match=f"config.json: {key} "):
+        FAMILIES[family].arch(with_changes(family, change))
+
+
+def test_a_config_whose_kind_is_no_word_is_refused() -> None:
+    for config, said in (({"model_type": ["llama"]}, "not supported"), ({"text_config": "x"}, "text_config is 'x'")):
+        with pytest.raises(ConfigError, match=said):
+            family_of({"model_type": "foo", **config})
 
 
 def test_a_model_that_reads_images_is_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from unisd_megatron.families.mapping import Mapping
 from unisd_megatron.families.qwen2 import Qwen2
 from unisd_megatron.families.qwen3 import Qwen3
 from unisd_megatron.families.qwen3_moe import Qwen3Moe
+from unisd_megatron.families.reading import section
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2(), Llama(), Gemma3(), InternLM3(), Qwen3(), Qwen3Moe())}
 
@@ -31,10 +32,10 @@ def family_of(config: AbstractMapping[str, Any]) -> Family:
     """The family of a `config.json`; `ConfigError` names the supported ones and what can be done with another."""
     model_type = config.get("model_type")
     by_type = {family.model_type: family for family in FAMILIES.values()}
-    if model_type in by_type:
+    if isinstance(model_type, str) and model_type in by_type:
         return by_type[model_type]
-    inner = (config.get("text_config") or {}).get("model_type")
-    if inner in by_type:
+    inner = section(config, "text_config").get("model_type")
+    if isinstance(inner, str) and inner in by_type:
         raise ConfigError(
             f"config.json: model_type {model_type!r} reads images too; only its language model, {inner}, is supported: "
             "save that as a folder of its own (docs/families.md says how) and use it"

@@ -6,10 +6,10 @@ from collections.abc import Mapping as AbstractMapping
 from typing import Any
 
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.families.base import Arch, Family, LocalAttention
+from unisd_megatron.families.base import Arch, Family, LocalAttention, Rope
 from unisd_megatron.families.decoder import attention, decoder, feed_forward, norm
 from unisd_megatron.families.mapping import Mapping
-from unisd_megatron.families.reading import make_rope, read_arch, refuse, whole
+from unisd_megatron.families.reading import make_rope, number, one_rope, read_arch, refuse, section, whole
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -36,18 +36,21 @@ class Gemma3(Family):
         switches = ("attention_bias", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
         refuse(config, self.name, *switches)
         config = {**DEFAULTS, **config}
-        stated = {LOCAL: {}, GLOBAL: config.get("rope_scaling") or {}} | (config.get("rope_parameters") or {})
-        base = {
-            kind: float(stated[kind].get("rope_theta", config[name]))
-            for kind, name in ((LOCAL, "rope_local_base_freq"), (GLOBAL, "rope_theta"))
-        }
+        stated = section(config, "rope_parameters")
+        of_local, of_global = section(stated, LOCAL), section(stated, GLOBAL)
+        scaling = section(config, "rope_scaling")  # of the global layers; transformers reads it over what stands there
+
+        def rope(stated: AbstractMapping[str, Any], base: str) -> Rope:
+            return make_rope(config, stated, number(config, base), self.name, "default", "linear")
+
+        both = {**(of_global or {"rope_type": "default"}), **scaling}
         return read_arch(
             config,
             family=self.name,
-            rope=make_rope(stated[GLOBAL], base[GLOBAL], self.name, "default", "linear"),
+            rope=one_rope(rope(of_global or scaling, "rope_theta"), rope(both, "rope_theta")),
             local=LocalAttention(
                 window=whole(config, "sliding_window"),
-                rope=make_rope(stated[LOCAL], base[LOCAL], self.name, "default", "linear"),
+                rope=rope(of_local, "rope_local_base_freq"),
                 layers=_local_layers(config),
             ),
             activation="gelu_tanh",
@@ -55,7 +58,7 @@ class Gemma3(Family):
             zero_centered_norms=True,
             sandwich_norms=True,
             embedding_scale=whole(config, "hidden_size") ** 0.5,
-            attention_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
+            attention_scale=number(config, "query_pre_attn_scalar") ** -0.5,
         )
 
     def mappings(self, arch: Arch) -> list[Mapping]:
@@ -102,6 +105,6 @@ def _local_layers(config: AbstractMapping[str, Any]) -> tuple[bool, ...]:
     if kinds is None:
         every = whole(config, "sliding_window_pattern")
         return tuple((i + 1) % every != 0 for i in range(count))
-    if len(kinds) != count or not set(kinds) <= {LOCAL, GLOBAL}:
+    if type(kinds) is not list or len(kinds) != count or any(kind not in (LOCAL, GLOBAL) for kind in kinds):
         raise ConfigError(f"config.json: layer_types must name {LOCAL} or {GLOBAL} for each of the {count} layers")
     return tuple(kind == LOCAL for kind in kinds)

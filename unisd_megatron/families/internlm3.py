@@ -8,14 +8,14 @@ from typing import Any
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families.base import Arch
 from unisd_megatron.families.llama import Llama
-from unisd_megatron.families.reading import read_arch, read_rope
+from unisd_megatron.families.reading import read_arch, read_rope, switch
 
 
 class InternLM3(Llama):
     name = model_type = "internlm3"
 
     def arch(self, config: AbstractMapping[str, Any]) -> Arch:
-        on_qkv, elsewhere = bool(config.get("qkv_bias")), bool(config.get("bias"))
+        on_qkv, elsewhere = switch(config, "qkv_bias"), switch(config, "bias")
         if elsewhere and not on_qkv:
             raise ConfigError("config.json: bias is true and qkv_bias is not; InternLM3 is covered with both, or without bias")
         rope = read_rope(config, self.name, "default", "dynamic")

@@ -9,7 +9,7 @@ from unisd_megatron.errors import ConfigError
 from unisd_megatron.families.base import Arch, Experts, Family
 from unisd_megatron.families.decoder import attention, decoder, mixture, norm
 from unisd_megatron.families.mapping import Mapping
-from unisd_megatron.families.reading import read_arch, read_rope, refuse, whole
+from unisd_megatron.families.reading import read_arch, read_rope, refuse, switch, whole
 
 
 class Qwen3Moe(Family):
@@ -20,9 +20,7 @@ class Qwen3Moe(Family):
         if whole(config, "decoder_sparse_step", 1) != 1:
             raise ConfigError("config.json: decoder_sparse_step is not 1; qwen3_moe is covered with experts in every layer")
         counted = "num_experts" if "num_experts" in config else "num_local_experts"  # transformers 5 writes the second
-        experts = Experts(
-            whole(config, counted), whole(config, "num_experts_per_tok"), bool(config.get("norm_topk_prob", False))
-        )
+        experts = Experts(whole(config, counted), whole(config, "num_experts_per_tok"), switch(config, "norm_topk_prob"))
         if experts.per_token > experts.count:
             raise ConfigError(f"config.json: num_experts_per_tok is {experts.per_token} of only {experts.count} experts")
         if experts.per_token == 1 and experts.renormalized:

@@ -69,7 +69,7 @@ def read_metadata(folder: Path) -> Metadata:
             raise CheckpointError(f"{folder}: not a complete Megatron checkpoint ({name} is missing)")
     try:
         backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder}/metadata.json: not JSON that names a sharded_backend") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{folder}/metadata.json: sharded_backend {backend!r} is not read; only torch_dist is")

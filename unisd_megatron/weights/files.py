@@ -53,17 +53,21 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise CheckpointError(f"{file}: not a complete safetensors file (cut short in its header, {size} bytes)")
             content = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _unique(pairs, file))
         content.pop("__metadata__", None)
-        entries = {
-            name: Entry(file, one["dtype"], tuple(one["shape"]), 8 + length + int(start), 8 + length + int(stop))
-            for name, one in content.items()
-            for start, stop in (one["data_offsets"],)
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = {name: _entry(file, name, one, 8 + length) for name, one in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: not a safetensors file ({str(error)[:100]})") from error
     _check_ranges(entries, 8 + length, size, file)
     return entries
+
+
+def _entry(file: Path, name: str, stated: Any, begin: int) -> Entry:
+    start, stop = stated["data_offsets"]
+    numbers = (*stated["shape"], start, stop)
+    if type(stated["dtype"]) is not str or any(type(one) is not int or one < 0 for one in numbers):
+        raise CheckpointError(f"{file}: tensor {name} has a header that is none (dtype, shape or data_offsets)")
+    return Entry(file, stated["dtype"], tuple(stated["shape"]), begin + start, begin + stop)
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:

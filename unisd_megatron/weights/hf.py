@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
@@ -176,7 +176,10 @@ def eos_ids(path: Path) -> tuple[int, ...]:
         if (path / name).is_file():
             value = read_json(path / name).get("eos_token_id")
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (int(value),)
+                ids = value if isinstance(value, list) else [value]
+                if any(type(one) is not int for one in ids):
+                    raise ConfigError(f"{path / name}: eos_token_id is {value!r}; expected a whole number or a list of them")
+                return tuple(ids)
     raise ConfigError(f"{path}: no eos_token_id in generation_config.json or config.json; completions could never end")
 
 
