@@ -199,6 +199,11 @@ FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
         ["../model.safetensors", "missing"],
     ),
     "a tensor in two files": ("many", double, ["safetensors", "is in model-00001-of-"]),
+    "a file beside an index of others": (
+        "many",
+        lambda folder: shutil.copy(max(folder.glob("*.safetensors")), folder / "model.safetensors"),
+        ["model/model.safetensors", "model.safetensors.index.json beside it", "stale"],
+    ),
     "pickled weights": ("one", pickled({}), ["pytorch_model.bin", "pickled", ALLOWED]),
     "a pickle that does something": ("one", pickled({NORM: Bomb()}), ["pytorch_model.bin", "weights only"]),
     "a pickle of something else": ("one", pickled([1, 2]), ["pytorch_model.bin", "named tensors"]),
@@ -234,12 +239,14 @@ def test_faults_are_found_before_a_run_starts_too(desk: Desk, whole: Path) -> No
 
 
 def test_what_is_no_fault_is_read(desk: Desk, whole: Path) -> None:
-    """A tied head stored once more, a tensor that follows from the config, an index, a harmless pickle."""
+    """A tied head stored once more, a tensor that follows from the config, an index, one of a single file, a harmless pickle."""
     many, one, pickle_folder = desk.folder / "many", desk.folder / "one", desk.folder / "pickle"
     shutil.copytree(whole / "many", many)
     for folder in (one, pickle_folder):
         shutil.copytree(whole / "one", folder)
     held = load_file(one / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(held, "model.safetensors")}
+    (one / "model.safetensors.index.json").write_text(json.dumps(index))
     pickled(held)(pickle_folder)
     extra = {"lm_head.weight": held["model.embed_tokens.weight"].clone(), "model.rotary_emb.inv_freq": torch.ones(4)}
     save_file({**held, **extra}, one / "model.safetensors")

@@ -117,8 +117,13 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, Entry]]) -> dict
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
+    files, single = sorted(set(map(str, weight_map.values()))), index.name.removesuffix(".index.json")
+    if files != [single] and (index.parent / single).is_file():  # transformers reads the file, others the index
+        raise CheckpointError(
+            f"{index.parent / single}: {index.name} beside it names other files; remove the one that is stale"
+        )
     entries: dict[str, Entry] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+    for name in files:
         file = index.parent / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file}: the index names this file and it is missing")
