@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +23,9 @@ from torch import Tensor
 
 from test_requests import Desk
 from unisd_megatron.cli import main
+from unisd_megatron.errors import CheckFailed
 from unisd_megatron.weights.files import write_files
-from unisd_megatron.weights.hf import HfFolder
+from unisd_megatron.weights.hf import HfFolder, new_folder
 from unisd_megatron.weights.tiny import write_tiny
 
 IMPORT = ["convert", "import", "--model_name", "model", "--output_dir", "out"]
@@ -239,7 +245,7 @@ def test_faults_are_found_before_a_run_starts_too(desk: Desk, whole: Path) -> No
 
 
 def test_what_is_no_fault_is_read(desk: Desk, whole: Path) -> None:
-    """A tied head stored once more, a tensor that follows from the config, an index, one of a single file, a harmless pickle."""
+    """A tied head stored once more, a tensor that follows from the config, indexes, a harmless pickle."""
     many, one, pickle_folder = desk.folder / "many", desk.folder / "one", desk.folder / "pickle"
     shutil.copytree(whole / "many", many)
     for folder in (one, pickle_folder):
@@ -275,8 +281,8 @@ def test_a_disk_that_is_full_in_the_middle(desk: Desk, whole: Path, capfd: pytes
     assert main(IMPORT) == 0
     export = ["convert", "export", "--model_name", "out", "--output_dir", "back"]
     half = (desk.folder / "model/model.safetensors").stat().st_size // 2
-    cases = [([*IMPORT[:-1], "again"], ["again.partial/shards/__0_0.distcp", "at tensor student.decoder.layers."])]
-    cases += [(export, ["back.partial/", "at tensor model.layers."]), ([*export, "--max_shard_size", "300KB"], [])]
+    cases = [([*IMPORT[:-1], "again"], ["again.", ".partial/shards/__0_0.distcp", "at tensor student.decoder.layers."])]
+    cases += [(export, ["back.", ".partial/shard-0", "at tensor model.layers."]), ([*export, "--max_shard_size", "300KB"], [])]
     for words, expected in cases[:2]:
         before = desk.content()
         capfd.readouterr()
@@ -288,6 +294,74 @@ def test_a_disk_that_is_full_in_the_middle(desk: Desk, whole: Path, capfd: pytes
     with full_disk(half):
         assert main(cases[2][0]) == 0  # smaller files fit
     assert len(HfFolder("back").names()) == len(HfFolder("model").names())
+
+
+@pytest.mark.parametrize("size", [700, 3000, 30_000])
+def test_a_disk_that_is_full_before_the_weights(desk: Desk, whole: Path, capfd: pytest.CaptureFixture[str], size: int) -> None:
+    """What is blamed is the file that is written, not the one that is copied, and nothing is left: of `tiny` neither."""
+    shutil.copytree(whole / "one", desk.folder / "model")
+    for words in (IMPORT, ["tiny", "--family", "qwen2", "--output_dir", "out"]):
+        before = desk.content()
+        capfd.readouterr()
+        with full_disk(size):
+            assert main(words) == 1
+        line = capfd.readouterr().err.splitlines()[-1]  # behind the progress of a library
+        assert re.match(r"unisd: \S*out\.[0-9a-f]{8}\.partial\S*: could not be written .*File too large", line), line
+        assert desk.content() == before
+
+
+def test_a_write_that_fails_without_a_name_is_explained(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckFailed, match=r"new\.\w+\.partial: could not be written \(No space left"),
+        new_folder(tmp_path / "new"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_the_users_is_not_in_the_way(desk: Desk, whole: Path) -> None:
+    shutil.copytree(whole / "one", desk.folder / "model")
+    desk.write("out.partial/notes.txt", "mine")
+    assert main(IMPORT) == 0
+    assert main(["tiny", "--family", "qwen2", "--output_dir", "tiny"]) == 0
+    assert (desk.folder / "out.partial/notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["model", "out", "out.partial", "tiny"]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_that_torch_does_not_take_is_refused(desk: Desk, seed: str) -> None:
+    desk.refused(["tiny", "--family", "qwen2", "--output_dir", "out", "--seed", seed], "--seed", seed)
+
+
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+from unisd_megatron.cli import main
+from unisd_megatron.mcore import streaming
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+def wait(table, item):
+    next(Path(".").glob(sys.argv[-1] + ".*.partial")).joinpath("begun").touch()
+    time.sleep(60)
+streaming._Table.content = wait
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_import_that_is_stopped_leaves_nothing(desk: Desk, whole: Path) -> None:
+    shutil.copytree(whole / "one", desk.folder / "model")
+    before = desk.content()
+    status = {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}
+    words = [sys.executable, "-c", SLOW, *IMPORT[:-1]]
+    running = {one: subprocess.Popen([*words, one.name], stderr=subprocess.PIPE, text=True) for one in status}
+    for number, process in running.items():
+        while not list(desk.folder.glob(f"{number.name}.*.partial/begun")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert "could not be written" not in said
+        assert process.returncode == status[number]
+    assert desk.content() == before
 
 
 def test_a_size_that_is_none_is_refused(desk: Desk) -> None:

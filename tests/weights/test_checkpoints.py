@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unisd_megatron.batch import View
 from unisd_megatron.cli import main
 from unisd_megatron.config import Layout
+from unisd_megatron.convert import checkpoints
 from unisd_megatron.convert.checkpoints import import_folder
 from unisd_megatron.convert.source import load_stage, open_source
-from unisd_megatron.errors import CheckpointError
+from unisd_megatron.errors import CheckFailed, CheckpointError
 from unisd_megatron.losses import token_log_probs
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
@@ -220,6 +222,24 @@ def test_a_failure_in_the_middle_leaves_no_folder_and_blocks_nothing(
     assert_equal(tmp_path / "target", source)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert sorted(path.name for path in (tmp_path / "target").glob("*safetensors*")) == ["model.safetensors"]
+
+
+def import_on_a_full_disk(rank: int, group: Any, folder: str, target: Path) -> str:
+    def full(*words: Any) -> None:
+        if rank == 0:
+            raise OSError(errno.ENOSPC, "No space left on device", "config.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "copy_companions", full)
+        with pytest.raises(CheckFailed) as met:
+            import_folder(folder, target, Layout(2))
+    return str(met.value)
+
+
+def test_what_stops_rank_0_alone_stops_every_rank(world: World, folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    said = world.run(2, import_on_a_full_disk, str(folders["qwen2", "float32"]), tmp_path / "new")
+    assert said == ["config.json: could not be written (No space left on device)"] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 LENGTH = 600  # beyond the 256 positions from which llama's frequencies are scaled

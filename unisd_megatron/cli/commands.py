@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,14 @@ def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
     return 0
 
 
+def _end_by_exception() -> None:
+    """A TERM signal becomes an exception, so that what was begun is ended and removed: processes, servers, half a folder."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def tiny(request: argparse.Namespace) -> int:
     _prepare_libraries()
+    _end_by_exception()
     from unisd_megatron.weights.tiny import write_tiny
 
     write_tiny(request.family, Path(request.output_dir), request.seed)
@@ -47,6 +55,7 @@ def tiny(request: argparse.Namespace) -> int:
 
 def convert_import(request: argparse.Namespace) -> int:
     _prepare_libraries()
+    _end_by_exception()
     from unisd_megatron.convert.checkpoints import import_folder
 
     layout = Layout(
@@ -68,6 +77,7 @@ def convert_import(request: argparse.Namespace) -> int:
 def convert_export(request: argparse.Namespace) -> int:
     shard_bytes = _size(request.max_shard_size)
     _prepare_libraries()
+    _end_by_exception()
     from unisd_megatron.convert.checkpoints import export_folder
 
     target = Path(request.output_dir)
@@ -170,8 +180,6 @@ def parity_golden(request: argparse.Namespace) -> int:
 
 
 def parity_restart(request: argparse.Namespace) -> int:
-    import signal
-    import sys
     import tempfile
 
     _prepare_libraries()
@@ -185,7 +193,7 @@ def parity_restart(request: argparse.Namespace) -> int:
     plan(".").check()
     if request.output_dir is not None:
         require_new_folder(Path(request.output_dir))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run's processes are ended too
+    _end_by_exception()
     with contextlib.ExitStack() as stack:
         folder = request.output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="unisd-restart-"))
         differences = prove(plan(folder), say)
@@ -200,16 +208,13 @@ def bench(request: argparse.Namespace) -> int:
 
 
 def _bench_rollout(request: argparse.Namespace) -> int:
-    import signal
-    import sys
-
     _prepare_libraries()
     from unisd_megatron.bench import rollout
 
     sizes = rollout.Sizes(request.width, request.layers, request.vocabulary, request.sequences, request.new_tokens)
     trainers = request.tensor_sizes or rollout.trainers()
     sizes.check(trainers)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a server is ended too
+    _end_by_exception()
     results = rollout.measure_all(sizes, request.engines, trainers, say)
     say("\n" + rollout.write(sizes, results, Path(request.output_dir)))
     return 0
@@ -288,11 +293,11 @@ def evaluate(request: argparse.Namespace) -> int:
     accuracy = correct / len(answers)
     result = {"dataset": task.name, "examples": len(answers), "correct": correct, "accuracy": accuracy}
     if output is not None and leads():
-        partial = output.with_name(output.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
-        (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        partial.rename(output)
+        from unisd_megatron.weights.hf import new_folder
+
+        with new_folder(output) as partial:
+            (partial / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
+            (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     say(f"{task.name}: {100 * accuracy:.1f} % ({correct} of {len(answers)})")
     return 0
 

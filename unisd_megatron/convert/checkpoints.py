@@ -15,13 +15,14 @@ from torch import Tensor
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.source import SHARDS, Source, open_source
 from unisd_megatron.convert.weights import Weights, weights_of
-from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError, UnisdError
+from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import skeleton, start, streaming
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.files import write_files
-from unisd_megatron.weights.hf import SHARD_BYTES, copy_companions, new_folder, require_new_folder
+from unisd_megatron.weights.hf import SHARD_BYTES, copy_companions, new_folder, require_new_folder, unwritable
 
 _M_MMAP_THRESHOLD = -3
 """glibc's malloc.h."""
@@ -67,16 +68,34 @@ def import_folder(
     elif source.is_megatron:
         raise ConfigError(f"{model_name}: a Megatron checkpoint is read in one process; start without torchrun")
     layout.expert_data_parallel_size(processes)
-    with world(layout) as (platform, grid), ExitStack() as stack:
+    with world(layout) as (platform, grid):
         weights = weights_of(source, platform, grid)
-        partial = target.with_name(target.name + ".partial")
+        with _begun(target, source, weights, grid) as partial:
+            _write_shards(partial / SHARDS, source, weights, layout, platform, grid)
+            dist.barrier()
+
+
+@contextmanager
+def _begun(target: Path, source: Source, weights: Weights, grid: Grid) -> Iterator[Path]:
+    """`new_folder`, made by rank 0 with all but the shards in it, on every rank. Collective.
+
+    Raises, on every rank, what stopped rank 0: the others would wait for it and die of its end.
+    """
+    with ExitStack() as stack:
+        partial, failure = target, None
         if grid.world.rank == 0:
-            stack.enter_context(new_folder(target))
-            (partial / SHARDS).mkdir()
-            copy_companions(source.path, partial, _one(weights.dtypes))
-        dist.barrier()
-        _write_shards(partial / SHARDS, source, weights, layout, platform, grid)
-        dist.barrier()
+            try:
+                partial = stack.enter_context(new_folder(target))
+                (partial / SHARDS).mkdir()
+                copy_companions(source.path, partial, _one(weights.dtypes))
+            except UnisdError as error:
+                failure = error
+            except OSError as error:
+                failure = unwritable(error, partial)
+        name, message = broadcast_json([str(partial), failure and str(failure)], 0, grid.world)
+        if message is not None:
+            raise failure or CheckFailed(message)
+        yield Path(name)
 
 
 def _write_shards(

@@ -96,11 +96,11 @@ class _Results:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turns a failed write into `CheckFailed`; an error that was raised on purpose on the way stays what it is."""
+    """Turns a failed write into `CheckFailed`; an error that was raised on purpose, and an interrupt, stay what they are."""
     try:
         yield
     except CheckpointException as error:  # a BaseException; only rank 0 is told the causes
-        ours = [cause for cause, _ in error.failures.values() if isinstance(cause, UnisdError)]
+        ours = [one for one, _ in error.failures.values() if isinstance(one, UnisdError | KeyboardInterrupt | SystemExit)]
         if ours:
             raise ours[0] from error
         causes = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]

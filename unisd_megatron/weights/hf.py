@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -221,9 +222,8 @@ def save_folder(
 ) -> None:
     """Writes a checkpoint folder from a stream of HF-named tensors; tokenizer and configs are copied from `source`.
 
-    One tensor at a time is in memory. Complete or not there: everything is written to `target` + ".partial", which is
-    renamed at the end and removed on failure. Raises `CheckpointError` if `target` exists, `CheckFailed` where the disk does
-    not take it.
+    One tensor at a time is in memory. Complete or not there, see `new_folder`. Raises `CheckpointError` if `target` exists,
+    `CheckFailed` where the disk does not take it.
     """
     with new_folder(target) as partial:
         copy_companions(source, partial, dtype)
@@ -234,17 +234,22 @@ def save_folder(
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` if all goes well, and is removed if not.
 
+    It is called `target`.<random>.partial, so that nothing that is there already, of a user or of another run, is in its way.
     Raises `CheckpointError` if `target` exists, `CheckFailed` where the disk does not take it.
     """
     require_new_folder(target)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
         yield partial
         os.replace(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is not None:  # what others raise on purpose has none
-            raise CheckFailed(f"{error.filename}: could not be written ({error.strerror})") from error
+        if isinstance(error, OSError) and error.errno is not None:  # what libraries raise on purpose has none
+            raise unwritable(error, partial) from error
         raise
+
+
+def unwritable(error: OSError, folder: Path) -> CheckFailed:
+    """The system's refusal in the words of this program. A copy that fails names both files; a write or a flush none."""
+    return CheckFailed(f"{error.filename2 or error.filename or folder}: could not be written ({error.strerror})")

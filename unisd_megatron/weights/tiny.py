@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.families import family_named
 from unisd_megatron.weights import internlm3
-from unisd_megatron.weights.hf import require_new_folder
+from unisd_megatron.weights.hf import new_folder
 
 # Under these names AutoTokenizer loads what was saved: beside a `qwen2` config it makes a Qwen2Tokenizer of any folder,
 # which would otherwise add an `<|endoftext|>` of its own outside the embedding.
@@ -56,13 +55,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny(family: str, folder: Path, seed: int) -> None:
-    """Writes the model and the tokenizer; complete or not there. `CheckpointError` if the folder exists."""
+    """Writes the model and the tokenizer; complete or not there.
+
+    Raises `CheckpointError` if the folder exists, `ConfigError` for a seed that torch does not take, `CheckFailed` where the
+    disk does not take it.
+    """
     family_named(family)
-    require_new_folder(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model = tiny_model(family, seed)
-    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    model.save_pretrained(partial)
-    byte_tokenizer().save_pretrained(partial)
-    os.replace(partial, folder)
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}; it must be from 0 to 2^63 - 1")
+    with new_folder(folder) as partial:
+        model = tiny_model(family, seed)
+        model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+        try:
+            model.save_pretrained(partial)
+            byte_tokenizer().save_pretrained(partial)
+        except OSError:
+            raise
+        except Exception as error:  # of the Rust libraries' own writers
+            raise CheckFailed(f"{partial}: could not be written ({' '.join(str(error).split())[:200]})") from error
