@@ -179,6 +179,11 @@ FAULTS: dict[str, tuple[str, Damage, list[str]]] = {
     ),
     "a config of quantised weights": ("one", config(quantization_config={"quant_method": "awq"}), ["config.json", "quantised"]),
     "whole numbers": ("one", tensors(lambda held: held.update({UP: held[UP].to(torch.int8)})), ["safetensors", UP, "I8"]),
+    "two dtypes that become one tensor": (
+        "one",
+        tensors(lambda held: held.update({UP: held[UP].bfloat16()})),
+        ["model.safetensors", f"{UP} is bfloat16 and model.layers.1.mlp.gate_proj.weight float32"],
+    ),
     "eight-bit floats": ("one", tensors(lambda held: held.update({UP: held[UP].to(torch.float8_e4m3fn)})), [UP, "F8_E4M3"]),
     "a head that is not the tied embedding": (
         "one",

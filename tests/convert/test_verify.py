@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unisd_megatron.cli import main
+from unisd_megatron.convert.source import open_source
 from unisd_megatron.convert.verify import Reading, TensorDifference, Verification, compare
 from unisd_megatron.families import FAMILIES
 from unisd_megatron.weights import internlm3
@@ -97,6 +99,55 @@ def test_bits_are_compared_and_not_values() -> None:
     assert compare("x", one, one.clone()) == TensorDifference("x", 0, 0.0, 3)
     assert compare("x", one, other) == TensorDifference("x", 1, 0.0, 3)
     assert compare("x", one.half(), one[:2].half()) == TensorDifference("x", 3, math.inf, 3)
-    half = torch.tensor([0.1, 2.0]).half()
-    assert compare("x", half, half.float()) == TensorDifference("x", 0, 0.0, 2)
-    assert compare("x", half, half.float() + 1) == TensorDifference("x", 2, 1.0, 2)
+    half, dtypes = torch.tensor([0.1, 2.0]).half(), "float16 and float32"
+    assert compare("x", half, half.float()) == TensorDifference("x", 0, 0.0, 2, dtypes)
+    assert compare("x", half, half.float() + 1) == TensorDifference("x", 2, 1.0, 2, dtypes)
+
+
+def test_the_same_values_in_another_dtype_are_not_verified(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "other")
+    held = load_file(tmp_path / "other/model.safetensors")
+    held["model.norm.weight"] = held["model.norm.weight"].float()
+    save_file(held, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert run("verify", "--model_name", folders["llama"], "--against", tmp_path / "other") == 1
+    out = capsys.readouterr().out
+    assert "same values  model.norm.weight (bfloat16 and float32)" in out and "NOT verified" in out
+    assert f"{len(held) - 1} of {len(held)} tensors equal bit for bit" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("model.embed_tokens.weight", "begins at the embedding"), ("lm_head.weight", "at the final norm or the head")],
+)
+def test_a_difference_outside_the_layers_is_named(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "other")
+    held = load_file(tmp_path / "other/model.safetensors")
+    held[name] += 0.05
+    save_file(held, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    assert run("verify", "--model_name", folders["llama"], "--against", tmp_path / "other") == 1
+    assert capsys.readouterr().out.count(said) == 2  # in float32 and in bfloat16
+
+
+def test_a_tensor_that_follows_from_the_config_does_not_count(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A frequency in fp32, as older checkpoints hold it, does not make a bf16 folder an fp32 one."""
+    shutil.copytree(folders["llama"], tmp_path / "old")
+    held = load_file(tmp_path / "old/model.safetensors")
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(held, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
+    assert open_source(str(tmp_path / "old")).dtype is torch.bfloat16
+    assert run("convert", "import", "--model_name", tmp_path / "old", "--output_dir", tmp_path / "new") == 0
+    assert json.loads((tmp_path / "new/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_chat_templates_beside_the_default_one_come_along(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = templates = {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run("convert", "import", "--model_name", tmp_path / "model", "--output_dir", tmp_path / "new") == 0
+    assert run("convert", "export", "--model_name", tmp_path / "new", "--output_dir", tmp_path / "back") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == templates

@@ -116,10 +116,10 @@ def verify(request: argparse.Namespace) -> int:
             holds &= found.holds
             say(found.describe())
             continue
-        differing = sorted((one for one in found if one.entries), key=lambda one: -one.largest)
+        differing = sorted((one for one in found if not one.is_none), key=lambda one: -one.largest)
         holds &= not differing
         for one in differing[:20]:
-            say(f"{one.largest:12.3e}  {one.name} ({one.entries} of {one.total} entries)")
+            say(one.describe())
         say(f"{len(found) - len(differing)} of {len(found)} tensors equal bit for bit")
     say("verified" if holds else "NOT verified: tensors must be equal, and logits within the tolerance")
     return 0 if holds else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class Source:
     arch: Arch
     mappings: list[Mapping]
     shards: Path | None  # of a Megatron checkpoint
-    dtype: torch.dtype  # of the weights; of a Megatron checkpoint, what its config.json states
+    dtype: torch.dtype  # of the weights, the widest; of a Megatron checkpoint, what its config.json states
     allow_pickle: bool = False
 
     @property
@@ -67,7 +68,8 @@ def open_source(
     if shards is None:
         folder = source.folder()
         _check_folder(folder, arch, mappings)
-        source = Source(path, arch, mappings, None, folder.dtype(), allow_pickle)
+        held = (folder.dtype_of(name) for mapping in mappings for name in mapping.hf)  # the config may state another
+        source = Source(path, arch, mappings, None, functools.reduce(torch.promote_types, held), allow_pickle)
     layout = layout or Layout()
     tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
     arch.check_layout(tensor, layout.virtual_stages, model_name, expert)
@@ -121,6 +123,11 @@ def _check_folder(folder: HfFolder, arch: Arch, mappings: list[Mapping]) -> None
         for name, shape in zip(mapping.hf, mapping.shapes, strict=True):
             if folder.shape(name) != shape:
                 raise CheckpointError(f"{folder.file(name)}: {name} is {folder.shape(name)}; config.json says {shape}")
+        first, *others = mapping.hf
+        for name in others:  # they become one tensor
+            if folder.dtype_of(name) != folder.dtype_of(first):
+                dtypes = f"{folder.dtype_of(name)} and {first} {folder.dtype_of(first)}".replace("torch.", "")
+                raise CheckpointError(f"{folder.file(name)}: {name} is {dtypes}; give them one dtype")
 
 
 def load_stage(source: Source, layout: Layout, platform: Platform, grid: Grid) -> Stage:

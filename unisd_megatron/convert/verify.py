@@ -40,12 +40,27 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor: how many of its entries differ bit for bit, and by how much at most (inf where a shape or nan differs)."""
+    """One tensor: how many of its entries differ bit for bit, and by how much at most (inf where a shape or nan differs).
+
+    dtypes: the two, where they are not the same; entries are then those whose values differ.
+    """
 
     name: str
     entries: int
     largest: float
     total: int
+    dtypes: str = ""
+
+    @property
+    def is_none(self) -> bool:
+        return not self.entries and not self.dtypes
+
+    def describe(self) -> str:
+        """The difference, for people."""
+        if not self.entries:
+            return f"same values  {self.name} ({self.dtypes})"
+        dtypes = f", {self.dtypes}" if self.dtypes else ""
+        return f"{self.largest:12.3e}  {self.name} ({self.entries} of {self.total} entries{dtypes})"
 
 
 @dataclass(frozen=True)
@@ -68,21 +83,31 @@ class Reading:
 
     @property
     def begins(self) -> int | None:
-        rounding = GROWTH * torch.finfo(self.dtype).eps
         for number, (before, after) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
-            if not after <= GROWTH * max(before, rounding):
+            if not after <= GROWTH * max(before, self._rounding):
                 return number
         return None
+
+    @property
+    def _rounding(self) -> float:
+        return GROWTH * torch.finfo(self.dtype).eps
+
+    @property
+    def _beginning(self) -> str:
+        if not self.layers[0] <= self._rounding:
+            return "begins at the embedding"
+        if self.begins is not None:
+            return f"grows first at decoder layer {self.begins}"
+        return "grows at no one layer" if self.holds else "begins behind the last layer: at the final norm or the head"
 
     def describe(self) -> str:
         """The verdict's numbers, for people."""
         worst = max(range(len(self.positions)), key=lambda i: (math.isnan(self.positions[i]), self.positions[i]))
         dtype = str(self.dtype).removeprefix("torch.")
-        begins = "grows at no one layer" if self.begins is None else f"grows first at decoder layer {self.begins}"
         return "\n".join(
             (
                 f"logits in {dtype}: largest difference {self.positions[worst]:.3e} (at most {self.tolerance:.3g}), "
-                f"at position {worst}; {begins}",
+                f"at position {worst}; {self._beginning}",
                 "  by position: " + " ".join(f"{value:.0e}" for value in self.positions),
                 "  hidden states behind the embedding and each layer, relative: "
                 + " ".join(f"{value:.0e}" for value in self.layers),
@@ -124,7 +149,7 @@ class Verification:
                 yield self._logits(theirs, rounded, torch.bfloat16, max(tolerance, ROUNDINGS * noise), platform, grid)
 
     def _tensors(self, theirs: Weights) -> Iterator[TensorDifference]:
-        ours = FolderWeights(self._ours.folder())
+        ours = FolderWeights(self._ours)
         for mapping in self._ours.mappings:
             for name, one, other in zip(mapping.hf, ours.tensors(mapping), theirs.tensors(mapping), strict=True):
                 yield compare(name, one, other)
@@ -151,8 +176,9 @@ class Verification:
 
 def compare(name: str, one: Tensor, other: Tensor) -> TensorDifference:
     """Bit for bit where the dtype is the same, by value in the wider one otherwise; in blocks."""
+    dtypes = f"{one.dtype} and {other.dtype}".replace("torch.", "") if one.dtype != other.dtype else ""
     if one.shape != other.shape:
-        return TensorDifference(name, one.numel(), float("inf"), one.numel())
+        return TensorDifference(name, one.numel(), float("inf"), one.numel(), dtypes)
     entries, largest = 0, 0.0
     for a, b in zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True):
         bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
@@ -162,7 +188,7 @@ def compare(name: str, one: Tensor, other: Tensor) -> TensorDifference:
             entries += count
             by = (a[differ].float() - b[differ].float()).abs().nan_to_num(float("inf"))
             largest = max(largest, float(by.max()))
-    return TensorDifference(name, entries, largest, one.numel())
+    return TensorDifference(name, entries, largest, one.numel(), dtypes)
 
 
 def _prompts(source: Source, length: int) -> Tensor:

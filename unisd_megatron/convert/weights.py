@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Protocol
 
 import torch
@@ -13,7 +12,6 @@ from unisd_megatron.families import Mapping
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.reading import ModelReader
-from unisd_megatron.weights.hf import HfFolder
 
 
 class Weights(Protocol):
@@ -25,21 +23,21 @@ class Weights(Protocol):
         """The tensors of a mapping, in the order of `mapping.hf`, on the CPU."""
 
     def dtype_of(self, mapping: Mapping) -> torch.dtype:
-        """The dtype of a mapping's tensors, the widest."""
+        """The dtype of a mapping's tensors."""
 
 
 class FolderWeights:
     """Of a Hugging Face folder. See `Weights`."""
 
-    def __init__(self, folder: HfFolder) -> None:
-        self._folder = folder
-        self.dtypes = folder.dtypes()
+    def __init__(self, source: Source) -> None:
+        self._folder = source.folder()
+        self.dtypes = frozenset(self.dtype_of(mapping) for mapping in source.mappings)
 
     def tensors(self, mapping: Mapping) -> list[Tensor]:
         return [self._folder.tensor(name) for name in mapping.hf]
 
     def dtype_of(self, mapping: Mapping) -> torch.dtype:
-        return functools.reduce(torch.promote_types, (self._folder.dtype_of(name) for name in mapping.hf))
+        return self._folder.dtype_of(mapping.hf[0])
 
 
 class ShardWeights:
@@ -59,5 +57,5 @@ class ShardWeights:
 def weights_of(source: Source, platform: Platform, grid: Grid) -> Weights:
     """Opens the weights of a checkpoint. Raises `CheckpointError` where they are not those of its config."""
     if source.shards is None:
-        return FolderWeights(source.folder())
+        return FolderWeights(source)
     return ShardWeights(ModelReader(source.shards, source.arch, platform, grid))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import secrets
@@ -26,6 +25,8 @@ _COMPANIONS = """
     config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json
     merges.txt added_tokens.json chat_template.jinja chat_template.json tokenizer.model
 """
+_TEMPLATES = "additional_chat_templates"
+"""Where `transformers` keeps chat templates beyond the one that is the default."""
 
 
 class HfFolder:
@@ -80,14 +81,6 @@ class HfFolder:
                     raise CheckpointError(f"{entry.file}: {_HEAD} is not {_EMBEDDING}, and config.json ties the two")
                 continue
             raise CheckpointError(f"{entry.file}: tensor {name} is not one of the model in config.json{_advice(name)}")
-
-    def dtypes(self) -> frozenset[torch.dtype]:
-        """The dtypes of the stored weights; the config may state another."""
-        return frozenset(DTYPES[entry.dtype] for entry in self._entries.values() if entry.dtype in DTYPES)
-
-    def dtype(self) -> torch.dtype:
-        """The dtype of the stored weights, the wider one where there are two."""
-        return functools.reduce(torch.promote_types, self.dtypes())
 
     def tensor(self, name: str) -> Tensor:
         """The full tensor in its stored dtype, on the CPU; `CheckpointError` names a missing one."""
@@ -207,6 +200,9 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for path in source.glob(f"{_TEMPLATES}/*.jinja"):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / _TEMPLATES / path.name)
     if dtype is not None:
         config = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")
