@@ -45,10 +45,7 @@ class Layout:
 
     def validate(self, world_size: int) -> None:
         """Raises `ConfigError` where the layout contradicts itself or does not fit the number of processes."""
-        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        for name in (*names, "expert_model_parallel_size", "micro_batch_size", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        self.validate_sizes()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "--sequence-parallel shards over tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more"
@@ -71,6 +68,13 @@ class Layout:
                 f"the interleaved schedule takes a multiple of {stages} micro-batches (its pipeline stages), not {count} per "
                 "replica; change --global-batch-size or --micro-batch-size"
             )
+
+    def validate_sizes(self) -> None:
+        """Raises `ConfigError` for a size below 1."""
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        for name in (*names, "expert_model_parallel_size", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def model_parallel_size(self) -> int:

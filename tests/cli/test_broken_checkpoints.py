@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import resource
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from test_requests import Desk
 from unisd_megatron.cli import main
-from unisd_megatron.errors import CheckFailed
 from unisd_megatron.weights.files import write_files
-from unisd_megatron.weights.hf import HfFolder, new_folder
+from unisd_megatron.weights.hf import HfFolder
 from unisd_megatron.weights.tiny import write_tiny
 
 IMPORT = ["convert", "import", "--model_name", "model", "--output_dir", "out"]
@@ -240,6 +238,26 @@ def test_a_fault_is_named_and_nothing_is_written(desk: Desk, whole: Path, name: 
     desk.refused([*IMPORT, *allowed], *words)
 
 
+@pytest.mark.parametrize("size", ["0", "-3"])
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "expert"])
+def test_a_layout_of_no_ranks_is_refused(desk: Desk, whole: Path, name: str, size: str) -> None:
+    shutil.copytree(whole / "one", desk.folder / "model")
+    desk.refused([*IMPORT, f"--{name}-model-parallel-size", size], f"{name}_model_parallel_size is {size}", "at least 1")
+
+
+def test_zeros_where_shards_were_are_named_in_one_short_line(
+    desk: Desk, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "one", desk.folder / "model")
+    assert main(IMPORT) == 0
+    (shards,) = (desk.folder / "out/shards").glob("*.distcp")
+    shards.write_bytes(bytes(shards.stat().st_size))
+    capfd.readouterr()
+    assert main(["convert", "export", "--model_name", "out", "--output_dir", "back"]) == 2
+    assert capfd.readouterr().err.endswith("tensor student.embedding.word_embeddings.weight (no saved tensor)\n")
+    assert sorted(path.name for path in desk.folder.iterdir()) == ["model", "out"]
+
+
 def test_faults_are_found_before_a_run_starts_too(desk: Desk, whole: Path) -> None:
     shutil.copytree(whole / "one", desk.folder / "model")
     FAULTS["a shape that is not the model's"][1](desk.folder / "model")
@@ -313,15 +331,6 @@ def test_a_disk_that_is_full_before_the_weights(desk: Desk, whole: Path, capfd: 
         line = capfd.readouterr().err.splitlines()[-1]  # behind the progress of a library
         assert re.match(r"unisd: \S*out\.[0-9a-f]{8}\.partial\S*: could not be written .*File too large", line), line
         assert desk.content() == before
-
-
-def test_a_write_that_fails_without_a_name_is_explained(tmp_path: Path) -> None:
-    with (
-        pytest.raises(CheckFailed, match=r"new\.\w+\.partial: could not be written \(No space left"),
-        new_folder(tmp_path / "new"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_the_users_is_not_in_the_way(desk: Desk, whole: Path) -> None:

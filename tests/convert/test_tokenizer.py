@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from unisd_megatron.cli import main
@@ -128,8 +129,28 @@ def test_the_model_may_have_more_rows_than_the_tokenizer_has_ids_and_not_fewer(t
         load(folder, SIZE + 1)
 
 
+def give_rows(folder: Path, count: int) -> None:
+    """Another vocabulary for the model of a folder."""
+    held = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        held[name] = torch.ones(count, held[name].shape[1])
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**read_config(folder), "vocab_size": count}))
+
+
+def test_a_model_narrower_than_its_tokenizer_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny("llama", tmp_path / "model", seed=0)
+    give_rows(tmp_path / "model", 200)
+    capsys.readouterr()
+    assert main(["convert", "import", "--model_name", str(tmp_path / "model"), "--output_dir", str(tmp_path / "new")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the tokenizer has 258 entries and the model only 200" in line
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_conversion_takes_the_tokenizer_along_and_runs_none_of_it(tiny: Path, tmp_path: Path) -> None:
     folder = foreign(tiny, tmp_path / "model")
+    give_rows(folder, SIZE + 2)
     assert main(["convert", "import", "--model_name", str(folder), "--output_dir", str(tmp_path / "megatron")]) == 0
     assert main(["convert", "export", "--model_name", str(tmp_path / "megatron"), "--output_dir", str(tmp_path / "back")]) == 0
     for name in ("tokenizer.model", "tokenizer_config.json", "tokenization_internlm3.py", "generation_config.json"):

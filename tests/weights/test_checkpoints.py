@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from unisd_megatron.errors import CheckFailed, CheckpointError
 from unisd_megatron.losses import token_log_probs
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
-from unisd_megatron.weights.hf import HfFolder, save_folder
+from unisd_megatron.weights.hf import HfFolder, new_folder, save_folder
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
@@ -222,6 +223,31 @@ def test_a_failure_in_the_middle_leaves_no_folder_and_blocks_nothing(
     assert_equal(tmp_path / "target", source)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert sorted(path.name for path in (tmp_path / "target").glob("*safetensors*")) == ["model.safetensors"]
+
+
+def test_a_write_that_fails_without_a_name_is_explained(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckFailed, match=r"new\.\w+\.partial: could not be written \(No space left"),
+        new_folder(tmp_path / "new"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pickles_of_the_hub_are_fetched_where_they_are_allowed(
+    folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders["qwen2", "float32"]
+    asked: list[bool] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append("pytorch_model*.bin" in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for allowed in (False, True):
+        assert open_source("owner/name", allow_pickle=allowed).path == folder
+    assert asked == [False, True]
 
 
 def import_on_a_full_disk(rank: int, group: Any, folder: str, target: Path) -> str:

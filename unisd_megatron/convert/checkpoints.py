@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unisd_megatron.config import Layout
 from unisd_megatron.convert.source import SHARDS, Source, open_source
+from unisd_megatron.convert.tokenizer import has_tokenizer, load_tokenizer
 from unisd_megatron.convert.weights import Weights, weights_of
 from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError, UnisdError
 from unisd_megatron.exchange import broadcast_json
@@ -57,16 +58,20 @@ def import_folder(
 ) -> None:
     """Hugging Face folder, or Megatron-LM checkpoint -> Megatron distributed checkpoint, complete or not there.
 
-    It loads at any layout, however it was written; each tensor keeps its dtype. Collective over TP x PP x EP processes. Raises
-    `CheckpointError` if `target` exists, `CheckFailed` where the disk does not take it; see `open_source`.
+    It loads at any layout, however it was written; each tensor keeps its dtype. Collective over TP x PP x EP processes, or
+    one. Raises `CheckpointError` if `target` exists, `ConfigError` where the model is narrower than its tokenizer,
+    `CheckFailed` where the disk does not take it; see `open_source`.
     """
     processes = start.world_size_from_environment()
+    layout.validate_sizes()
     require_new_folder(target)
     source = open_source(model_name, layout, config_from=config_from, allow_pickle=allow_pickle)
     if processes == 1:
         layout = Layout()  # the format is layout-free: one process writes what any layout reads
     elif source.is_megatron:
         raise ConfigError(f"{model_name}: a Megatron checkpoint is read in one process; start without torchrun")
+    if has_tokenizer(source):
+        load_tokenizer(source)
     layout.expert_data_parallel_size(processes)
     with world(layout) as (platform, grid):
         weights = weights_of(source, platform, grid)

@@ -52,7 +52,7 @@ def open_source(
     Reads configurations and headers, no weights. Args: config_from: a Hugging Face folder that describes a checkpoint of
     Megatron-LM's; allow_pickle: read `pytorch_model.bin`, weights only. Raises `CheckpointError` or `ConfigError`.
     """
-    path = resolve_folder(model_name)
+    path = resolve_folder(model_name, allow_pickle=allow_pickle)
     shards = _shards_of(path)
     if shards is not None and not (shards / "metadata.json").is_file():
         raise CheckpointError(f"{path}: not a complete Megatron checkpoint ({shards.name}/metadata.json is missing)")

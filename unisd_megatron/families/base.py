@@ -84,11 +84,12 @@ class Arch:
 
     def check_layout(self, tensor: int, pipeline: int, name: str, expert: int = 1) -> None:
         """Raises `ConfigError` where a layout does not divide the model `name`; pipeline counts virtual stages too."""
+        if min(tensor, pipeline, expert) < 1:
+            sizes = f"tensor-parallel {tensor} x pipeline-parallel {pipeline} x expert-parallel {expert}"
+            raise ConfigError(f"{sizes} is no layout; all are at least 1")
         if expert > 1 and (self.experts is None or self.experts.count % expert):
             held = "no experts" if self.experts is None else f"{self.experts.count} experts, which it does not divide"
             raise ConfigError(f"expert-parallel {expert}: {name} has {held}")
-        if min(tensor, pipeline) < 1:
-            raise ConfigError(f"tensor-parallel {tensor} x pipeline-parallel {pipeline} is no layout; both are at least 1")
         for count, what in (
             (self.num_attention_heads, "attention heads"),
             (self.num_query_groups, "key/value heads"),

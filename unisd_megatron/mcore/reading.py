@@ -169,7 +169,9 @@ class ModelReader:
                 reader = FileSystemReader(self._folder)
                 content = torch.load(reader._slice_file(stream, info), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{file}: cannot be read at tensor {item.storage_index.fqn} ({str(error)[:150]})") from error
+            # An UnpicklingError is a page of advice to switch the check off.
+            reason = "no saved tensor" if isinstance(error, pickle.UnpicklingError | EOFError) else str(error)[:150]
+            raise CheckpointError(f"{file}: cannot be read at tensor {item.storage_index.fqn} ({reason})") from error
         for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             content = content.narrow(axis, start, length)
         return content

@@ -112,10 +112,6 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, Entry]]) -> dict
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
     files, single = sorted(set(map(str, weight_map.values()))), index.name.removesuffix(".index.json")
-    if files != [single] and (index.parent / single).is_file():  # transformers reads the file, others the index
-        raise CheckpointError(
-            f"{index.parent / single}: {index.name} beside it names other files; remove the one that is stale"
-        )
     entries: dict[str, Entry] = {}
     for name in files:
         file = index.parent / name
@@ -125,6 +121,10 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, Entry]]) -> dict
         for double in held.keys() & entries.keys():
             raise CheckpointError(f"{file}: tensor {double} is in {entries[double].file.name} too")
         entries |= held
+    if files != [single] and (index.parent / single).is_file():  # transformers reads the file, others the index
+        raise CheckpointError(
+            f"{index.parent / single}: {index.name} beside it names other files; remove the one that is stale"
+        )
     for name, file_name in weight_map.items():
         if name not in entries or entries[name].file.name != file_name:
             raise CheckpointError(f"{index.parent / file_name}: tensor {name} is missing, though the index names it here")
@@ -151,8 +151,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json")
 
 
-def resolve_folder(model_name: str) -> Path:
-    """The local folder of a checkpoint: the folder itself, or the snapshot of a hub id (downloaded if need be)."""
+def resolve_folder(model_name: str, *, allow_pickle: bool = False) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the snapshot of a hub id (downloaded if need be).
+
+    Args: allow_pickle: `pytorch_model*.bin` is downloaded too.
+    """
     path = Path(model_name)
     if path.is_dir():
         return path
@@ -161,10 +164,17 @@ def resolve_folder(model_name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.py",
+        *(["pytorch_model*.bin"] if allow_pickle else []),
+    ]
     try:
-        return Path(
-            snapshot_download(model_name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"])
-        )
+        return Path(snapshot_download(model_name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: not a valid id
         raise CheckpointError(f"{model_name}: no such folder, and the hub does not give it ({type(error).__name__})") from error
 
