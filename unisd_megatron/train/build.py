@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from unisd_megatron.config import Run
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import TASKS, Sampler, Task, build_examples
-from unisd_megatron.data.tokens import encode_examples
+from unisd_megatron.data.tokens import encode_examples, encode_prompt
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.model import Stage
@@ -71,7 +72,9 @@ def prepare(run: Run, world_size: int) -> Prepared:
         raise ConfigError(f"unknown --dataset {run.data.dataset!r}; use one of {', '.join(TASKS)}")
     records = task.load("train", run.data.data_path)[: run.data.num_train_examples]
     if run.schedule.eval_steps:  # held-out questions that are missing, or a task that cannot be scored, are refused now
-        task.is_correct(task.load("test", run.schedule.eval_data_path)[0], "")
+        held_out = task.load("test", run.schedule.eval_data_path)
+        task.is_correct(held_out[0], "")
+        _check_held_out([task.question(record) for record in held_out[: run.schedule.eval_examples]], tokenizer, run)
     views = loss_settings(run).views if run.agreement is not None else 0
     examples, without_negative = build_examples(
         task,
@@ -92,6 +95,18 @@ def prepare(run: Run, world_size: int) -> Prepared:
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
+
+
+def _check_held_out(questions: Sequence[str], tokenizer: Any, run: Run) -> None:
+    """Engines are sized for --max_prompt_length, and none of the questions may be left out of an accuracy."""
+    lengths = [len(encode_prompt(tokenizer, question)) for question in questions]
+    most = run.data.max_prompt_length
+    if max(lengths) > most:
+        count = sum(length > most for length in lengths)
+        raise ConfigError(
+            f"{count} of {len(lengths)} held-out questions are longer than --max_prompt_length {most}; the longest has "
+            f"{max(lengths)} tokens"
+        )
 
 
 def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:

@@ -54,6 +54,8 @@ class WeightStream:
     Args: shards: this rank's parameters under canonical names (`Stage.named_shards`), read anew for each pass.
     """
 
+    label = ""
+
     def __init__(
         self,
         shards: Callable[[], Iterable[tuple[str, Tensor]]],
