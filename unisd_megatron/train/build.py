@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,9 +71,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
         raise ConfigError(f"unknown --dataset {run.data.dataset!r}; use one of {', '.join(TASKS)}")
     records = task.load("train", run.data.data_path)[: run.data.num_train_examples]
     if run.schedule.eval_steps:  # held-out questions that are missing, or a task that cannot be scored, are refused now
-        held_out = task.load("test", run.schedule.eval_data_path)
-        task.is_correct(held_out[0], "")
-        _check_held_out([task.question(record) for record in held_out[: run.schedule.eval_examples]], tokenizer, run)
+        task.is_correct(task.load("test", run.schedule.eval_data_path)[0], "")
     views = loss_settings(run).views if run.agreement is not None else 0
     examples, without_negative = build_examples(
         task,
@@ -86,6 +83,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
     )
     prompts, too_long = encode_examples(tokenizer, examples, run.data.max_prompt_length)
     _check_length(prompts, run, source)
+    _check_held_out(task, tokenizer, run)
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
@@ -97,9 +95,12 @@ def prepare(run: Run, world_size: int) -> Prepared:
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
 
 
-def _check_held_out(questions: Sequence[str], tokenizer: Any, run: Run) -> None:
+def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:
     """Engines are sized for --max_prompt_length, and none of the questions may be left out of an accuracy."""
-    lengths = [len(encode_prompt(tokenizer, question)) for question in questions]
+    if not run.schedule.eval_steps:
+        return
+    records = task.load("test", run.schedule.eval_data_path)[: run.schedule.eval_examples]
+    lengths = [len(encode_prompt(tokenizer, task.question(record))) for record in records]
     most = run.data.max_prompt_length
     if max(lengths) > most:
         count = sum(length > most for length in lengths)
