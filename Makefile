@@ -43,7 +43,7 @@ test-latest: $(LATEST)/.ready
 	$(LATEST)/bin/torchrun --standalone --nproc-per-node 2 -m unisd_megatron parity --family llama --micro-batch-size 2
 	$(LATEST)/bin/python -m unisd_megatron parity restart --kills 2 --steps 8
 
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-vllm
 	$(BIN)/python -m unisd_megatron bench loss --output-dir runs/bench
 	$(BIN)/python -m unisd_megatron bench step --output-dir runs/bench --dataset $(BENCH_DATASET) $(if $(BENCH_DATA),--data-path $(BENCH_DATA))
 	$(BIN)/python -m unisd_megatron bench rollout --output-dir runs/bench

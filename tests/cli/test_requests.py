@@ -259,6 +259,16 @@ def test_a_wrong_data_file_is_refused(desk: Desk, text: str, words: list[str]) -
     desk.refused(command({"--data_path": desk.write("rows.jsonl", text)}), *words)
 
 
+def test_held_out_questions_that_no_engine_has_room_for_are_refused(desk: Desk) -> None:
+    """Else the engine stops the run, or a server cuts them short, at the first evaluation."""
+    rows = [json.dumps({"question": text, "answer": "It is 2. #### 2"}) for text in ("1+1?", "1+1? " * 200)]
+    desk.write("short.jsonl", "\n".join(rows[:1] * 16))
+    desk.write("long.jsonl", "\n".join(rows))
+    asked = {"--dataset": "gsm8k", "--data_path": "short.jsonl", "--eval_steps": "1", "--eval_data_path": "long.jsonl"}
+    words = ["1 of 2 held-out questions", "--max_prompt_length 500", "the longest has 11"]
+    desk.refused(command(asked | {"--max_prompt_length": "500"}), *words)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [

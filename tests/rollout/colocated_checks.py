@@ -74,12 +74,12 @@ class Bench:
         )  # fmt: skip
 
     @torch.no_grad()
-    def move(self) -> None:
+    def move(self, by: float = 0.02) -> None:
         """Another student. Copies of a weight on several ranks stay copies."""
         self.step += 1
         for _, parameter in self.learner.student.model.named_shards():
             wave = torch.sin(torch.arange(parameter.numel()) * (0.7 + 0.1 * self.step))
-            parameter.add_(0.02 * wave.view_as(parameter))
+            parameter.add_(by * wave.view_as(parameter))
 
     def refusal(self, act: Callable[[], None]) -> str:
         try:
@@ -89,7 +89,16 @@ class Bench:
         return "accepted"
 
 
-class Corrupted(Scrambled):
+class Faulty(Scrambled):
+    """What is sent is not what is there."""
+
+    label = ""
+
+    def flat(self, number: int) -> Tensor | None:
+        return self._weights.flat(number)
+
+
+class Corrupted(Faulty):
     """One tensor arrives with a changed row."""
 
     def everywhere(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -98,6 +107,30 @@ class Corrupted(Scrambled):
                 if name == "model.layers.2.mlp.down_proj.weight":
                     tensor[3] += 1
             yield bucket
+
+
+class Stale(Faulty):
+    """What arrives is what was there when this was made."""
+
+    def __init__(self, weights: WeightStream) -> None:
+        super().__init__(weights)
+        self._old = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in weights.everywhere()]
+
+    def everywhere(self) -> Iterator[list[tuple[str, Tensor]]]:
+        for old, _ in zip(self._old, self._weights.everywhere(), strict=True):
+            yield old
+
+
+class Lacking(Faulty):
+    """One tensor never comes."""
+
+    def __init__(self, weights: WeightStream, name: str) -> None:
+        super().__init__(weights)
+        self._name = name
+
+    def everywhere(self) -> Iterator[list[tuple[str, Tensor]]]:
+        for bucket in self._weights.everywhere():
+            yield [(name, tensor) for name, tensor in bucket if name != self._name]
 
 
 def faults(bench: Bench, folder: Path) -> dict[str, str]:
@@ -125,6 +158,25 @@ def faults(bench: Bench, folder: Path) -> dict[str, str]:
     found["tied head stale"] = bench.refusal(lambda: sync.refresh(bench.step))
     found["tied head stale, first sync"] = bench.refusal(lambda: bench.sync().refresh(bench.step))
     vllm_worker.HEAD, vllm_worker.EMBEDDING = head, embedding
+
+    sync.refresh(bench.step)
+    stale = bench.sync(Stale(bench.weights))
+    stale._proven = sync._proven
+    bench.move(1e-6)  # far less than log-probs can tell
+    found["a step behind"] = bench.refusal(lambda: stale.refresh(bench.step))
+
+    lacking = Lacking(bench.weights, "model.layers.1.self_attn.k_proj.weight")
+    found["no k_proj"] = bench.refusal(lambda: bench.sync(lacking).refresh(bench.step))
+
+    true_update = bench.engine._llm.update_weights
+
+    def failing(*_: Any) -> None:
+        raise OSError("no memory\nand more") from None
+
+    if torch.distributed.get_rank() == 1:
+        bench.engine._llm.update_weights = failing  # type: ignore[method-assign]
+    found["one rank fails"] = bench.refusal(lambda: sync.refresh(bench.step))
+    bench.engine._llm.update_weights = true_update  # type: ignore[method-assign]
     found["healthy again"] = bench.refusal(lambda: sync.refresh(bench.step))
     return found
 
@@ -133,6 +185,12 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"gaps": {}}
     engines = []  # none ends before the last has done its work: vLLM takes the process groups of all down
     with start.world(platforms.choose(), LAYOUT, 1) as grid:
+        # First: vLLM makes its group of experts only with the first engine of a process.
+        experts = Bench(folder / "qwen3_moe", grid)
+        engines.append(experts.engine)
+        found["experts"] = experts.refusal(lambda: experts.sync().refresh(0))
+        one = Lacking(experts.weights, "model.layers.2.mlp.experts.5.up_proj.weight")
+        found["no up_proj of an expert"] = experts.refusal(lambda: experts.sync(one).refresh(0))
         for model in ("qwen2-tied", "qwen2-untied", "llama-untied", "llama-tied"):
             bench = Bench(folder / model, grid)
             engines.append(bench.engine)

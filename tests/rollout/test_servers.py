@@ -14,12 +14,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import torch
 
 from unisd_megatron.batch import Completion
-from unisd_megatron.errors import ConfigError
-from unisd_megatron.rollout.engine import Request, Sampling
+from unisd_megatron.config import Layout
+from unisd_megatron.errors import CheckFailed, ConfigError
+from unisd_megatron.grid import Axis, Grid
+from unisd_megatron.mcore import platform as platforms
+from unisd_megatron.mcore import start
+from unisd_megatron.rollout import servers
+from unisd_megatron.rollout.engine import Request, Sampling, common_prefixes
 from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
-from unisd_megatron.rollout.server import Server, ServerError
+from unisd_megatron.rollout.server import Server, ServerError, probe
+from unisd_megatron.rollout.servers import ServerEngine
+from world import World
 
 EOS = 1
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=6, eos_ids=(EOS,))
@@ -392,3 +400,124 @@ def test_a_pool_needs_servers_of_different_names() -> None:
     for urls in ([], ["http://a:1", "http://b:1", "http://a:1/"]):
         with pytest.raises(ConfigError, match="name one or more, each once"):
             ServerPool([Server(url, None, 1.0) for url in urls])
+
+
+def drop(handler: Handler, body: dict[str, Any]) -> None:
+    """Closes the connection without an answer."""
+    handler.close_connection = True
+
+
+def test_requests_that_fail_side_by_side_are_one_failure(fakes: list[Fake]) -> None:
+    """A hiccup of the network drops all connections at once; the server behind it is well."""
+    together = threading.Barrier(6)
+
+    def hiccup(handler: Handler, body: dict[str, Any]) -> None:
+        fakes[0].complete = hiccup if len(fakes[0].asked) < 6 else lambda h, b: h.say(answer(b))
+        together.wait(10)
+        drop(handler, body)
+
+    fakes[0].complete = hiccup
+    pool = pool_of(fakes[0], concurrency=6)
+    assert pool.generate(requests(6), SAMPLING, "v7") == EXPECTED[:6]
+    assert not pool.lost and len(fakes[0].asked) == 12
+
+
+def test_losses_and_returns_are_told_once(fakes: list[Fake]) -> None:
+    told: list[str] = []
+    pool = ServerPool([one.client() for one in fakes[:2]], tell=told.append)
+    away, other = pool.live
+    pool.lose(other, "holds no weights of this run yet", tell=False)
+    pool.admit(other)
+    assert told == []  # as every server begins
+    fakes[0].complete = after(2, die)
+    pool.generate(requests(20), SAMPLING, "v7")
+    assert len(told) == 1 and told[0].startswith(f"a vLLM server gets no prompts: {fakes[0].url}/v1/completions: ")
+    pool.lose(away, "still away")
+    pool.lose(away, "still away")
+    pool.admit(away)
+    assert told[1:] == ["a vLLM server gets no prompts: still away", f"{fakes[0].url} has the current weights and gets prompts"]
+
+
+def test_a_cache_is_reset_again_until_it_is(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([{"success": False}, {"success": False}, {"success": True}])
+    monkeypatch.setattr(Handler, "do_POST", lambda handler: handler.say(next(said)))
+    fake.client().reset_prefix_cache(patience_s=10)
+    monkeypatch.setattr(Handler, "do_POST", lambda handler: handler.say({"success": False}))
+    with pytest.raises(ServerError, match="the cache was not reset"):
+        fake.client().reset_prefix_cache(patience_s=0.3)
+
+
+def cached(count: Any) -> Callable[[Handler, dict[str, Any]], None]:
+    """An answer by a server whose cache had so many of the prompt's tokens."""
+    usage = {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": count}}
+    return lambda handler, body: handler.say(answer(body) | {"usage": usage})
+
+
+def test_a_probe_sees_a_cache_that_was_kept(fake: Fake) -> None:
+    (one,) = requests(1)
+    fake.complete = cached(2)
+    assert probe(fake.client(), one, SAMPLING, most=2) == EXPECTED[0]  # another probe's
+    with pytest.raises(CheckFailed, match=f"{fake.url} had 2 tokens of a prompt in its cache right after"):
+        probe(fake.client(), one, SAMPLING, most=1)
+    fake.complete = lambda handler, body: handler.say(answer(body))
+    with pytest.raises(ServerError, match="does not say what of a prompt was cached"):
+        probe(fake.client(), one, SAMPLING, most=1)
+
+
+def test_a_dropped_connection_is_no_reason_to_lose_a_server(fake: Fake) -> None:
+    def once(handler: Handler, body: dict[str, Any]) -> None:
+        (drop if len(handler.server.asked) == 1 else cached(3))(handler, body)
+
+    fake.complete = once  # what the first attempt left in the cache is not held against the second
+    assert probe(fake.client(), requests(1)[0], SAMPLING, most=0) == EXPECTED[0]
+    fake.complete, fake.healthy = drop, False
+    fake.asked.clear()
+    with pytest.raises(ServerError):
+        probe(fake.client(), requests(1)[0], SAMPLING, most=0)
+    assert len(fake.asked) == 1
+    fake.healthy = True
+    with pytest.raises(ServerError):
+        probe(fake.client(), requests(1)[0], SAMPLING, most=0)
+    assert len(fake.asked) == 4
+
+
+def test_what_prompts_share_may_be_cached() -> None:
+    prompts = [(5, 6, 7, 8), (5, 6, 9), (1,), (5, 6, 7, 8)]
+    assert common_prefixes([Request("q", one, 0) for one in prompts]) == [4, 2, 0, 4]
+    assert common_prefixes([Request("q", (1, 2), 0)]) == [0]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_token_is_a_wrong_request_not_a_lost_server(
+    fakes: list[Fake], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.say({}, status))
+    one = Axis()
+    grid = Grid(one, one, one, one, one, one, one, one, one, torch.device("cpu"), False)
+    with pytest.raises(ConfigError, match=f"{status}, the server asks for another token; set UNISD_SERVER_TOKEN"):
+        ServerEngine([fakes[0].url], grid, timeout_s=5, max_model_len=9)
+
+
+def answers_slowly(rank: int, group: Any, url: str) -> tuple[Any, int]:
+    """What a rank hears from rank 0, and how many heartbeats came before it."""
+    heard: list[Any] = []
+    true, servers.HEARTBEAT_S = servers.HEARTBEAT_S, 0.05
+    try:
+        with start.world(platforms.choose(), Layout(), 1) as grid:
+            engine = ServerEngine([url], grid, timeout_s=5, max_model_len=9)
+            broadcast = servers.broadcast_json
+            servers.broadcast_json = lambda *given: heard.append(broadcast(*given)) or heard[-1]  # type: ignore[func-returns-value]
+            try:
+                said = engine._on_driver(lambda pool: time.sleep(1) or 7)
+            finally:
+                servers.broadcast_json = broadcast
+                engine.close()
+    finally:
+        servers.HEARTBEAT_S = true
+    return said, heard.count(None)
+
+
+def test_ranks_that_wait_for_servers_hear_that_the_driver_lives(world: World, fake: Fake) -> None:
+    """They would give up after their process group's timeout, with the servers still at work."""
+    for said, beats in world.run(2, answers_slowly, fake.url):
+        assert said == 7 and beats >= 5

@@ -130,30 +130,36 @@ def test_a_tensor_that_changes_on_the_wire_is_not_taken(world: World, pair: list
     train(world, 1, tmp_path / "again", pair[:1], max_steps=1)  # the server is none the worse
 
 
-def when_at_work(output: Path, act: Callable[[], None]) -> threading.Thread:
-    """Acts a moment after the first step of the run."""
+def when_at_work(output: Path, act: Callable[[], None], after_loss: Callable[[], None] = lambda: None) -> threading.Thread:
+    """Acts a moment after the first step of the run, and again after the first step with a server less."""
 
     def wait_and_act() -> None:
         while not (output / "rollouts/step_000000.jsonl").exists():
             time.sleep(0.01)
         time.sleep(0.3)
         act()
+        deadline = time.monotonic() + 100
+        while all(row["rollout/servers"] == 2 for row in read_metrics(output)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        after_loss()
 
     thread = threading.Thread(target=wait_and_act)
     thread.start()
     return thread
 
 
-def test_a_server_that_hangs_is_left_behind_and_may_come_back(
+def test_a_server_that_hangs_is_left_behind_and_comes_back_to_the_run(
     world: World, pair: list[Running], expected: Any, tmp_path: Path
 ) -> None:
-    freezer = when_at_work(tmp_path / "run", pair[0].freeze)
+    freezer = when_at_work(tmp_path / "run", pair[0].freeze, pair[0].thaw)
     try:
-        metrics = train(world, 2, tmp_path / "run", pair, max_steps=3, vllm_server_timeout=8.0)
+        metrics = train(world, 2, tmp_path / "run", pair, max_steps=10, vllm_server_timeout=8.0)
     finally:
         freezer.join()
         pair[0].thaw()
-    assert len(metrics) == 3 and rollouts(tmp_path / "run", 3) == expected[:3]
+    assert len(metrics) == 10 and rollouts(tmp_path / "run") == expected
+    assert {row["rollout/servers"] for row in metrics} == {1, 2} and metrics[-1]["rollout/servers"] == 2
+    assert [one[0][2] for one in rollouts(tmp_path / "run", 10)] == list(range(10))  # whoever sampled it, by the right weights
     train(world, 1, tmp_path / "again", pair[:1], max_steps=2)  # whatever it was broken off in
     assert rollouts(tmp_path / "again", 2) == expected[:2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,41 @@ def test_every_rank_gets_every_tensor(world: World, folders: dict[str, Path], fa
 )
 def test_every_rank_gets_the_experts_of_others(world: World, folders: dict[str, Path], size: int, layout: Layout) -> None:
     assert world.run(size, what_is_wrong, folders["qwen3_moe"], layout) == [[]] * size
+
+
+def held_at_worst(rank: int, group: Any, folder: Path, layout: Layout, limit: int) -> tuple[int, int]:
+    """Bytes that a receiver keeps at worst, which stacks a layer's experts when it has them all; and those of a layer's."""
+    platform = platforms.choose()
+    with start.world(platform, layout, 1) as grid:
+        source = open_source(str(folder), layout)
+        model = load_stage(source, layout, platform, grid)
+        stream = WeightStream(model.named_shards, source.mappings, grid, bucket_bytes=limit)
+        buckets = [zip(*stream.contents(number)[:2], strict=True) for number in range(len(stream))]
+        sizes = [
+            [(found[0], 4 * torch.Size(shape).numel()) for name, shape in one if (found := re.search(r"layers\.\d+\.", name))]
+            for one in buckets
+        ]
+        left: dict[str, int] = {}
+        for layer, size in (pair for one in sizes for pair in one):
+            left[layer] = left.get(layer, 0) + size
+        largest, worst = max(left.values()), 0
+        parts = dict.fromkeys(left, 0)
+        for one in sizes:
+            for layer, size in one:
+                parts[layer] += size
+                left[layer] -= size
+                if not left[layer]:
+                    parts[layer] = 0
+            worst = max(worst, sum(parts.values()))
+        return worst, largest
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(2, Layout(expert_model_parallel_size=2)), (4, Layout(1, 2, expert_model_parallel_size=2))]
+)
+def test_an_engine_holds_no_more_than_a_layer_that_is_not_complete(
+    world: World, folders: dict[str, Path], size: int, layout: Layout
+) -> None:
+    """Experts dealt out over ranks come layer by layer: else an engine would hold half of all of them, until the last."""
+    for worst, layer in world.run(size, held_at_worst, folders["qwen3_moe"], layout, LIMIT):
+        assert worst <= layer + 2 * LIMIT

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from unisd_megatron.config import Vllm
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
-from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.engine import Request, Sampling, Weights, common_prefixes
 from unisd_megatron.weights import internlm3
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ColocatedEngine:
     def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, *, max_model_len: int) -> None:
         self._grid, self._size, self._version = grid, settings.vllm_tensor_parallel_size, 0
         self._rests = settings.vllm_enable_sleep_mode
+        self._cached: dict[int, int] = {}  # tokens of each prompt of the last call that were in the cache before
         on_cpu = grid.device.type == "cpu"
         if self._rests and on_cpu:
             raise ConfigError("--vllm_enable_sleep_mode frees GPU memory and there is no GPU; drop it")
@@ -56,35 +57,51 @@ class ColocatedEngine:
 
     def refresh(self, weights: Weights, step: int) -> None:
         """See `RolloutEngine.refresh`. Buckets reach this rank's worker by reference, never copied in between."""
-        if self._rests:
-            self._llm.wake_up(tags=["weights"])
-        fault = None
-        self._llm.collective_rpc("unisd_abandon")
-        self._llm.start_weight_update()
+        fault = _fault_of(self._begin)
         for number, bucket in enumerate(weights.everywhere(), start=1):
             if fault is None:  # else only the stream is read on: other ranks take part in it
-                try:
-                    self._llm.update_weights({"update_info": _update(bucket, last=number == len(weights))})
-                except ValueError as error:
-                    fault = str(error)
+                update = {"update_info": _update(bucket, last=number == len(weights))}
+                fault = _fault_of(lambda: self._llm.update_weights(update))  # noqa: B023
         if fault is None:
-            self._llm.finish_weight_update(str(step))
-            if self._rests:
-                self._llm.wake_up(tags=["kv_cache"])
-            fault = None if self._llm.reset_prefix_cache() else "vLLM did not drop its cache of the old weights"
+            fault = _fault_of(lambda: self._finish(f"{step}{weights.label}"))
+        self._agree(f"weight sync of step {step}", fault)
+        self._version = step
+
+    def _begin(self) -> None:
+        if self._rests:
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("unisd_abandon")
+        self._llm.start_weight_update()
+
+    def _finish(self, version: str) -> None:
+        self._llm.finish_weight_update(version)
+        if self._rests:
+            self._llm.wake_up(tags=["kv_cache"])
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its cache of the old weights")
+
+    def _agree(self, during: str, fault: str | None) -> None:
+        """`CheckFailed` on every rank if any has a fault."""
         faults = [one for one in all_gather_json(fault, self._grid.world) if one is not None]
         if faults:
-            raise CheckFailed(f"weight sync of step {step}: {faults[0]}")
-        self._version = step
+            raise CheckFailed(f"{during}: {faults[0]}")
 
     def members(self) -> list[str]:
         """See `RolloutEngine.members`."""
         return ["colocated"]
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, dict[str, str]]:
         """See `RolloutEngine.fingerprints`; those of this rank's shards."""
         (mine,) = self._llm.collective_rpc("unisd_fingerprints")
-        return mine
+        return {"colocated": mine}
+
+    def parts(self, wanted: dict[str, list[int]]) -> dict[str, list[tuple[str, int]]]:
+        """See `RolloutEngine.parts`."""
+        (mine,) = self._llm.collective_rpc("unisd_parts", args=(wanted,))
+        found: dict[str, list[tuple[str, int]]] = {}
+        for rank, said in enumerate(all_gather_json(mine, self._grid.world)):
+            found.setdefault(f"rollout engine {rank // self._size}", []).extend(said.items())
+        return found
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `RolloutEngine.generate`."""
@@ -98,7 +115,15 @@ class ColocatedEngine:
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.probe`."""
         everything = range(len(requests))
-        return [[one[i] for i in everything] for one in self._said(requests, everything, sampling)]
+        said = self._said(requests, everything, sampling)
+        possible = common_prefixes(requests)
+        stale = next((i for i in everything if self._cached[i] > possible[i]), None)
+        fault = None if stale is None else (
+            f"rollout engine {self._grid.world.rank // self._size} had {self._cached[stale]} tokens of a prompt in its cache "
+            "right after it was told to drop it; its caches are stale"
+        )  # fmt: skip
+        self._agree("prefix cache", fault)
+        return [[one[i] for i in everything] for one in said]
 
     def _said(self, requests: Sequence[Request], mine: Sequence[int], sampling: Sampling) -> list[dict[int, Completion]]:
         """What each engine says to the requests that are its own, by number. Collective over the world."""
@@ -109,6 +134,7 @@ class ColocatedEngine:
             [_parameters(requests[i], sampling) for i in mine],
             use_tqdm=False,
         )
+        self._cached = {i: int(one.num_cached_tokens) for i, one in zip(mine, said, strict=True)}
         plain = [[i, *_plain(one.outputs[0])] for i, one in zip(mine, said, strict=True)]
         # All ranks of an engine say the same; the first of each speaks.
         every = all_gather_json(plain, self._grid.world)[:: self._size]
@@ -168,6 +194,15 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
         worker_extension_cls=EXTENSION,
         **where,
     )
+
+
+def _fault_of(act: Callable[[], object]) -> str | None:
+    """What goes wrong, in one line. Of whatever kind: a rank that left alone would leave the others waiting for it."""
+    try:
+        act()
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def _update(bucket: Sequence[tuple[str, torch.Tensor]], *, last: bool) -> dict[str, Any]:

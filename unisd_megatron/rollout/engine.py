@@ -45,7 +45,12 @@ class Request:
 
 
 class Weights(Protocol):
-    """The student's weights as buckets of full, HF-named tensors; see `weights/buckets.py`."""
+    """The student's weights as buckets of full, HF-named tensors; see `weights/buckets.py`.
+
+    label: nothing for the weights themselves; of others, what the version that an engine reports ends in.
+    """
+
+    label: str
 
     def __len__(self) -> int: ...
 
@@ -73,12 +78,22 @@ class RolloutEngine(Protocol):
         """Names of what holds weights of its own since the last refresh; none: they are held as they came, nothing to prove."""
         ...
 
-    def fingerprints(self) -> dict[str, str]:
-        """Digests of the weights that this rank's engine computes with."""
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """By member, digests of the weights that it computes with: this rank's share. A member that is lost has none."""
+        ...
+
+    def parts(self, wanted: dict[str, list[int]]) -> dict[str, list[tuple[str, int]]]:
+        """By engine, `part_sums` of the live weights that are wanted: HF names, and the columns of matrices.
+
+        An engine leaves out what has no module of its own in it, and may say the same part several times (each worker's).
+        """
         ...
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """What each engine says to all of the requests, where there are several that share the work of `generate`."""
+        """What each engine says to all of the requests, where there are several that share the work of `generate`.
+
+        `CheckFailed` if an engine had more of a prompt in its cache than the other prompts can have put there.
+        """
         ...
 
     def rest(self) -> None:
@@ -88,6 +103,16 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Ends what the engine started."""
         ...
+
+
+def common_prefixes(requests: Sequence[Request]) -> list[int]:
+    """How many tokens of each prompt another of the prompts begins with: more than that, an emptied cache cannot have."""
+    prompts = [one.prompt for one in requests]
+    return [max((_common(mine, p) for j, p in enumerate(prompts) if j != i), default=0) for i, mine in enumerate(prompts)]
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def sequence_seed(run_seed: int, step: int, position: int) -> int:

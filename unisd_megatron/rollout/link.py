@@ -7,7 +7,9 @@ It is not authenticated: keep its port on a private network. No vLLM here, train
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -50,9 +52,27 @@ class Link:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = self._timeout
-        self._group.broadcast([flat], options).wait()
-        if flat.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        if not flat.is_cuda:
+            self._group.broadcast([flat], options).wait()
+            return
+        with torch.cuda.device(flat.device):  # the current device is one of each thread, and this may be another thread
+            self._group.broadcast([flat], options).wait()
+            torch.cuda.current_stream(flat.device).synchronize()
+
+    def close(self) -> None:
+        """Leaves the group without waiting for anybody: the other ends may be gone."""
+        group, self._group = self._group, None
+        if group is not None and self.backend == "nccl":  # gloo's connections end with the last reference
+            group.abort()
+
+
+def address_towards(url: str) -> str:
+    """The address of this host by which the server's host can reach it."""
+    parts = urlsplit(url)
+    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # nothing is sent: the kernel picks the route
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def checksum(tensor: Tensor) -> int:
@@ -73,6 +93,14 @@ def checksum(tensor: Tensor) -> int:
     for one in torch.cat([*sums, rest.sum(-1, keepdim=True)]).tolist():
         total = (total * 1000003 + one) % (1 << 63)
     return total
+
+
+def part_sums(name: str, tensor: Tensor, columns: Sequence[int]) -> dict[str, int]:
+    """`checksum` of a tensor's values, or of each of these columns of a matrix, by a name for each. Of the numbers in fp32, so
+    that dtypes which hold the same numbers agree."""
+    if not columns:
+        return {name: checksum(tensor.float() + 0.0)}  # there is no -0: products with a one and zeros make none
+    return {f"{name}[:, {column}]": checksum(tensor[:, column].float() + 0.0) for column in columns}
 
 
 _ROW = 1 << 15  # elements; on a CPU their int64 copies stay in its cache, without which the sum takes many times as long

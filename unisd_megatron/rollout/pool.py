@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -30,9 +30,11 @@ class _State:
     """What the pool knows of a server. The pool's lock guards it; `checking` is held while its health is asked for."""
 
     outstanding: int = 0
-    failures: int = 0  # in a row
+    failures: int = 0  # in a row; requests that failed side by side are one
+    counted_at: float = 0.0  # when the last failure was
     last_error: str | None = None
     lost: bool = False
+    told: bool = True  # whether anybody heard that it is lost
     checking: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -40,15 +42,23 @@ class ServerPool:
     """Spreads requests over servers.
 
     Args: servers: with the same model; attempts: posts of one request in total; concurrency: requests under way at once, over
-    all servers (vLLM batches those it has). `ConfigError` for no servers or one named twice.
+    all servers (vLLM batches those it has); tell: hears, from any thread, of every server that is lost and that comes back.
+    `ConfigError` for no servers or one named twice.
     """
 
-    def __init__(self, servers: Sequence[Server], *, attempts: int = 3, concurrency: int = 64) -> None:
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        *,
+        attempts: int = 3,
+        concurrency: int = 64,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         urls = [server.url for server in servers]
         if not urls or len(set(urls)) < len(urls):
             raise ConfigError(f"vLLM servers {urls}: name one or more, each once")
         self._states = {server: _State() for server in servers}
-        self._attempts, self._concurrency = attempts, concurrency
+        self._attempts, self._concurrency, self._tell = attempts, concurrency, tell
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._background = ThreadPoolExecutor(1, "rollout")
@@ -80,12 +90,18 @@ class ServerPool:
         """Puts a server back to work; it holds the current weights."""
         with self._lock:
             state = self._states[server]
-            state.lost, state.failures, state.last_error = False, 0, None
+            back, state.lost, state.failures, state.last_error = state.lost and state.told, False, 0, None
+        if back:
+            self._tell(f"{server.url} has the current weights and gets prompts")
 
-    def lose(self, server: Server, error: str) -> None:
+    def lose(self, server: Server, error: str, *, tell: bool = True) -> None:
         """Gives a server no more requests; `error` says why and names it."""
         with self._lock:
-            self._states[server].lost, self._states[server].last_error = True, error
+            state = self._states[server]
+            news = tell and (state.lost, state.last_error) != (True, error)
+            state.lost, state.last_error, state.told = True, error, tell
+        if news:
+            self._tell(f"a vLLM server gets no prompts: {error}")
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, expected_version: str | None = None
@@ -148,12 +164,12 @@ class ServerPool:
     def _complete(self, request: Request, sampling: Sampling, stop: threading.Event) -> tuple[Server, Completion]:
         tried: list[Server] = []
         while not stop.is_set() and not self._closed.is_set():
-            server = self._take(tried)
+            server, began = self._take(tried), time.monotonic()
             try:
                 completion = server.complete(request, sampling)
             except ServerError as error:
                 tried.append(server)
-                self._failed(server, error)
+                self._failed(server, error, began)
                 if len(tried) >= self._attempts and self.live:
                     raise ServerError(f"request {request.example_id} failed {len(tried)} times; {error}") from error
             else:
@@ -181,11 +197,13 @@ class ServerPool:
             self._states[server].outstanding += 1
             return server
 
-    def _failed(self, server: Server, error: ServerError) -> None:
+    def _failed(self, server: Server, error: ServerError, began: float) -> None:
         """Counts a failed request; the server is lost if it is not healthy any more or failed too often in a row."""
         state = self._states[server]
         with self._lock:
-            state.failures += 1
+            if began >= state.counted_at:  # else it was under way when another one failed: most likely of the same cause
+                state.failures += 1
+                state.counted_at = time.monotonic()
             state.last_error = str(error)
             too_often = state.failures >= FAILURES_IN_A_ROW
         # One question for all the requests that failed at once; the others wait for what it finds.

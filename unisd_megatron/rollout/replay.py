@@ -40,7 +40,11 @@ class ReplayEngine:
         """None: there are no weights."""
         return []
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """See `members`."""
+        return {}
+
+    def parts(self, wanted: dict[str, list[int]]) -> dict[str, list[tuple[str, int]]]:
         """See `members`."""
         return {}
 

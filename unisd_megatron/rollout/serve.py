@@ -34,6 +34,9 @@ OURS = (
     "max-model-len",
     "gpu-memory-utilization",
     "dtype",
+    "hf-overrides",
+    "api-key",
+    "enable-prompt-tokens-details",
     "logprobs-mode",
     "data-parallel-size",
     "quantization",
@@ -45,7 +48,6 @@ OURS = (
     "config",
     "trust-remote-code",
 )
-SHORT = {"-tp": "tensor-parallel-size"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,14 +111,24 @@ def _check(request: argparse.Namespace, more: Sequence[str]) -> None:
     if request.tensor_parallel_size < 1:
         raise ConfigError(f"--tensor_parallel_size {request.tensor_parallel_size}: 1 or more")
     for word in more:
+        if word.startswith("-") and not word.startswith("--") and not _is_number(word):
+            raise ConfigError(f"{word}: write the flag out; short ones (-q, -tp, -dp) are not passed on to vLLM")
         # vLLM's parser takes abbreviations, and `--flag.key value` for a flag of JSON.
-        spelled = word.partition("=")[0].partition(".")[0].replace("_", "-").removeprefix("--")
-        name = SHORT.get(word, spelled)
-        owner = next((flag for flag in OURS if word.startswith("-") and (flag == name or flag.startswith(name))), None)
+        name = word.partition("=")[0].partition(".")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
+        owner = next((flag for flag in OURS if word.startswith("--") and flag.startswith(name)), None)
         if owner in ("config", "trust-remote-code"):
             raise ConfigError(f"{word}: not passed on to vLLM; name flags one by one, and a checkpoint's code is never run")
         if owner is not None:
             raise ConfigError(f"{word}: --{owner} is set by serve_vllm and not passed on to vLLM")
+
+
+def _is_number(word: str) -> bool:
+    """A negative one is a flag's value."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_exposure(host: str, token: str | None) -> None:
@@ -180,6 +192,7 @@ def _command(request: argparse.Namespace, *, guarded: bool, transfer: bool, on_c
         words += ["--gpu-memory-utilization", str(request.gpu_memory_utilization)]
     # Log-probs of the distribution that is sampled from; and no sampling defaults out of the checkpoint.
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--disable-uvicorn-access-log"]
+    words += ["--enable-prompt-tokens-details"]  # completions say what was cached, by which a cache that was kept is found out
     if on_cpu:
         # A prompt that is cut in two ends the engine: vLLM winds its seeded generator back, which a CPU's cannot.
         words += ["--enforce-eager", "--no-enable-chunked-prefill"]

@@ -16,16 +16,21 @@ from typing import Any
 import httpx
 
 from unisd_megatron.batch import Completion
-from unisd_megatron.errors import ConfigError, UnisdError
+from unisd_megatron.errors import CheckFailed, ConfigError, UnisdError
 from unisd_megatron.rollout.engine import Request, Sampling
 
 HEALTH_TIMEOUT_S = 5.0
 LARGEST_ANSWER = 256 << 20  # bytes; some 10 million tokens
+PROBE_ATTEMPTS = 3
 ROUNDING = 1e-4  # a log-prob may exceed 0 by this much
 
 
 class ServerError(UnisdError):
     """A server could not be reached, refused, took too long, or answered garbage; the message begins with the URL."""
+
+
+class WrongToken(ServerError):
+    """The server is there and does not let us in."""
 
 
 class Server:
@@ -114,14 +119,19 @@ class Server:
             raise self._garbage("/weight_info", f"weight_version {version!r}")
         return version
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of earlier prompts. `ServerError` if the server could not: a request was running."""
-        if self._field("POST", "/reset_prefix_cache", "success") is not True:
-            raise ServerError(f"{self.url}/reset_prefix_cache: the cache was not reset; requests are still running")
+    def reset_prefix_cache(self, patience_s: float = 0.0) -> None:
+        """Forgets the keys and values of earlier prompts. `ServerError` if the server could not, for so long: a request was
+        running, or what a finished one held is still being freed."""
+        deadline = time.monotonic() + patience_s
+        while self._field("POST", "/reset_prefix_cache", "success") is not True:
+            if time.monotonic() >= deadline:
+                raise ServerError(f"{self.url}/reset_prefix_cache: the cache was not reset; requests are still running")
+            time.sleep(0.2)
 
-    def pause(self) -> None:
-        """Takes no more requests to work; returns when those under way are done. Later ones wait for `resume`."""
-        self._json("POST", "/pause", params={"mode": "wait"})
+    def pause(self, *, abort: bool = False) -> None:
+        """Takes no more requests to work; returns when those under way are done, or have been ended. Later ones wait for
+        `resume`."""
+        self._json("POST", "/pause", params={"mode": "abort" if abort else "wait"})
 
     def resume(self) -> None:
         """Works on requests again."""
@@ -148,25 +158,29 @@ class Server:
         The log-probs are those of the distribution that was sampled from (after penalty, temperature, top-k, top-p and
         min-p) on a server with `--logprobs-mode processed_logprobs`; at temperature 0 those of the model.
         """
-        body = {
-            "prompt": list(request.prompt),
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": request.seed,
-            # vLLM's own idea of an end (tokenizer, generation_config.json) is off; these ids alone end a completion.
-            "ignore_eos": True,
-            "stop_token_ids": list(sampling.eos_ids),
-            "logprobs": 0,
-            "return_token_ids": True,
-            "add_special_tokens": False,
-        }
-        answer = self._json("POST", "/v1/completions", body)
+        return self._completion(request, sampling)[0]
+
+    def complete_counting(self, request: Request, sampling: Sampling) -> tuple[Completion, int]:
+        """`complete`, and how many tokens of the prompt were in the server's cache before.
+
+        `ServerError` where the server does not say (vLLM does with `--enable-prompt-tokens-details`).
+        """
+        completion, answer = self._completion(request, sampling)
+        usage = answer.get("usage")
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if type(cached) is not int:
+            raise ServerError(
+                f"{self.url}/v1/completions does not say what of a prompt was cached: {_excerpt(usage)}; start the server with "
+                "tools/serve_vllm.py, or with --enable-prompt-tokens-details"
+            )
+        return completion, cached
+
+    def _completion(self, request: Request, sampling: Sampling) -> tuple[Completion, dict[str, Any]]:
+        """A completion, and the whole answer that it is from."""
+        answer = self._json("POST", "/v1/completions", _body(request, sampling))
         try:
-            return _completion(answer, request, sampling)
+            return _completion(answer, request, sampling), answer
         except ValueError as error:
             raise self._garbage("/v1/completions", str(error)) from error
 
@@ -211,11 +225,53 @@ class Server:
             raise ServerError(f"{where}: no answer within {limit_s:g} s") from error
         except httpx.HTTPError as error:
             raise ServerError(f"{where}: {_excerpt(error) or type(error).__name__}") from error
-        if response.status_code == 401:
-            raise ServerError(f"{where}: 401, the server asks for another token; set UNISD_SERVER_TOKEN to the server's")
+        if response.status_code in (401, 403):
+            status = response.status_code
+            raise WrongToken(f"{where}: {status}, the server asks for another token; set UNISD_SERVER_TOKEN to the server's")
         if response.status_code != 200:
             raise ServerError(f"{where}: {response.status_code} {_excerpt(bytes(content))}")
         return bytes(content)
+
+
+def probe(server: Server, request: Request, sampling: Sampling, most: int) -> Completion:
+    """A completion by a cache that had at most so many tokens of the prompt. A dropped connection costs an attempt only.
+
+    Raises `CheckFailed` for a cache that had more, `ServerError` when no attempt succeeds.
+    """
+    for attempt in range(PROBE_ATTEMPTS):
+        try:
+            completion, cached = server.complete_counting(request, sampling)
+        except ServerError:
+            if attempt + 1 == PROBE_ATTEMPTS or not server.healthy():
+                raise
+            time.sleep(0.5)
+        else:
+            if cached > most and attempt == 0:  # an earlier attempt has left its own prompt there
+                raise CheckFailed(
+                    f"{server.url} had {cached} tokens of a prompt in its cache right after it was told to drop it; its caches "
+                    "are stale"
+                )
+            break
+    return completion
+
+
+def _body(request: Request, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "prompt": list(request.prompt),
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": request.seed,
+        # vLLM's own idea of an end (tokenizer, generation_config.json) is off; these ids alone end a completion.
+        "ignore_eos": True,
+        "stop_token_ids": list(sampling.eos_ids),
+        "logprobs": 0,
+        "return_token_ids": True,
+        "add_special_tokens": False,
+    }
 
 
 def _completion(answer: Any, request: Request, sampling: Sampling) -> Completion:

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import Tensor
 
 from unisd_megatron.batch import Completion
-from unisd_megatron.errors import CheckFailed, UnisdError
+from unisd_megatron.errors import CheckFailed, ConfigError, UnisdError
 from unisd_megatron.exchange import all_gather_json, broadcast_json
 from unisd_megatron.grid import Grid
-from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.engine import Request, Sampling, Weights, common_prefixes
 from unisd_megatron.rollout.guard import server_token
-from unisd_megatron.rollout.link import Link, checksum
+from unisd_megatron.rollout.link import Link, address_towards, checksum
 from unisd_megatron.rollout.pool import NoServerLeft, ServerPool
-from unisd_megatron.rollout.server import Server, ServerError
+from unisd_megatron.rollout.server import Server, ServerError, WrongToken, probe
 
 REQUESTS_PER_SERVER = 128  # under way at once; vLLM batches them
+RESET_PATIENCE_S = 10.0
+HEARTBEAT_S = 60.0  # the other ranks would not wait for rank 0 longer than their process group's timeout
 
 
 class ServerEngine:
@@ -36,7 +36,7 @@ class ServerEngine:
     """
 
     def __init__(self, urls: Sequence[str], grid: Grid, *, timeout_s: float, max_model_len: int) -> None:
-        self._grid, self._timeout_s, self._version = grid, timeout_s, 0
+        self._grid, self._timeout_s, self._version, self._label = grid, timeout_s, 0, ""
         self._drives = grid.world.rank == 0
         self._brings = grid.expert_data.rank == 0  # replica 0, and the ranks with the experts that it lacks
         self._sends = grid.data_context.rank == 0 and grid.tensor.rank == 0
@@ -44,28 +44,34 @@ class ServerEngine:
         self._pending: list[tuple[int, Future[list[Completion]]]] = []  # on rank 0, with the version that samples it
         self._run = secrets.token_hex(4)  # so that a server which still holds another run's weights is not taken for ours
         self.notes = ["the ports that weights go through ask for nothing: private network only"]  # for the user, on rank 0
+        self.tell: Callable[[str], None] = self.notes.append  # hears of servers that are lost and come back, on rank 0
         self._generation = 0  # counts syncs in which a server joined
         self._joined: dict[str, int] = {}
         self._members: list[str] = []
         self._pool = self._open_pool(urls) if self._drives else None
-        self._on_driver(lambda pool: self._check_room(pool, max_model_len))
+        self._on_driver(lambda pool: self._greet(pool, max_model_len))
 
     def _open_pool(self, urls: Sequence[str]) -> ServerPool:
         servers = [Server(url, server_token(), self._timeout_s) for url in urls]
-        pool = ServerPool(servers, concurrency=REQUESTS_PER_SERVER * len(servers))
-        for server in servers:
-            said = f"{server.url}: holds no weights of this run yet"
+        return ServerPool(servers, concurrency=REQUESTS_PER_SERVER * len(servers), tell=lambda line: self.tell(line))
+
+    def _greet(self, pool: ServerPool, max_model_len: int) -> None:
+        """Who is there, and lets us in: one that asks for another token is a mistake, one that is away may come."""
+        for server in pool.live:
             try:
                 server.weight_version()
+            except WrongToken as error:
+                raise ConfigError(str(error)) from error
             except ServerError as error:
-                said = str(error)
-            pool.lose(server, said)
+                pool.lose(server, str(error))
+            else:
+                pool.lose(server, f"{server.url}: holds no weights of this run yet", tell=False)
             stranger = Server(server.url, None, self._timeout_s)
             with contextlib.suppress(ServerError):
                 stranger.weight_version()
                 self.notes.append(f"{server.url} asks for no token: whoever reaches it can exchange its weights")
             stranger.close()
-        return pool
+        self._check_room(pool, max_model_len)
 
     def _check_room(self, pool: ServerPool, needed: int) -> None:
         """vLLM would cut completions that do not fit, without a word."""
@@ -76,19 +82,23 @@ class ServerEngine:
                         f"{server.url} takes {room} tokens and this run has up to {needed}; raise --max_model_len"
                     )
 
-    def _name(self, version: int) -> str:
-        return f"{self._run}-{version}"
+    def _name(self) -> str:
+        """Of the weights that were sent last, as servers report them."""
+        return f"{self._run}-{self._version}{self._label}"
 
     def refresh(self, weights: Weights, step: int) -> None:
         """See `RolloutEngine.refresh`. Lost servers that answer again are taken back in."""
-        if self._pool is not None:
-            wait([future for _, future in self._pending])  # what is being sampled keeps its weights
-        if self._brings:
-            self._send(weights, step)
-        self._members = self._on_driver(lambda pool: self._finish(pool, step))
-        self._version = step
 
-    def _send(self, weights: Weights, step: int) -> None:
+        def await_pending(pool: ServerPool) -> None:
+            wait([future for _, future in self._pending])  # what is being sampled keeps its weights
+
+        self._on_driver(await_pending)
+        self._version, self._label = step, weights.label
+        if self._brings:
+            self._send(weights)
+        self._members = self._on_driver(self._finish)
+
+    def _send(self, weights: Weights) -> None:
         """The ranks that bring the buckets together; of them, the senders carry them."""
         urls: list[str] = self._meet() if self._sends else []
         if self._sends:
@@ -112,13 +122,15 @@ class ServerEngine:
                 except ServerError as error:
                     self._lose({server.url: str(error)})
         plan = [(url, workers) for url, workers in broadcast_json(plan, 0, axis)]
-        self._links = {url: self._links[url] for url, workers in plan if not workers}
+        known_urls = {url for url, workers in plan if not workers}
+        for url in self._links.keys() - known_urls:
+            self._links.pop(url).close()
         ports, unreachable = {}, {}
         for url, workers in plan:
             if not workers:
                 continue
             try:
-                address = _our_address(url)
+                address = address_towards(url)
                 self._links[url] = Link(address, 0, 0, 1 + workers, self._backend, self._timeout_s)
                 ports[url] = [address, self._links[url].port]
             except (OSError, RuntimeError) as error:
@@ -190,7 +202,9 @@ class ServerEngine:
 
     def _lose(self, faults: dict[str, str]) -> None:
         for url, said in faults.items():
-            self._links.pop(url, None)
+            link = self._links.pop(url, None)
+            if link is not None:
+                link.close()
             if self._pool is not None:
                 self._pool.lose(self._server(url), said)
 
@@ -198,53 +212,80 @@ class ServerEngine:
         assert self._pool is not None
         return next(server for server in [*self._pool.live, *self._pool.lost] if server.url == url)
 
-    def _finish(self, pool: ServerPool, step: int) -> list[str]:
+    def _finish(self, pool: ServerPool) -> list[str]:
         """Closes the update on every server that took all of it, and puts those to work."""
         for url in list(self._links):
             server = self._server(url)
             try:
-                server.finish_weight_update(self._name(step))
-                server.reset_prefix_cache()
+                server.finish_weight_update(self._name())
+                server.reset_prefix_cache(RESET_PATIENCE_S)
+                server.resume()
                 pool.admit(server)
             except ServerError as error:
                 self._lose({url: str(error)})
         if not pool.live:
             raise NoServerLeft("no vLLM server took the weights; " + "; ".join(pool.errors))
-        return [f"{server.url} #{self._joined[server.url]}" for server in pool.live]
+        return [self._member(server.url) for server in pool.live]
+
+    def serving(self) -> int | None:
+        """How many servers get prompts; known on rank 0."""
+        return None if self._pool is None else len(self._pool.live)
 
     def members(self) -> list[str]:
         """See `RolloutEngine.members`: the servers that took the last weights; one that was away has a new name."""
         return self._members
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, dict[str, str]]:
         """See `RolloutEngine.fingerprints`: of every worker of every live server, the same on all ranks."""
 
-        def ask(pool: ServerPool) -> dict[str, str]:
-            found: dict[str, str] = {}
-            for server in pool.live:
-                try:
-                    for rank, worker in enumerate(server.call("unisd_fingerprints")):
-                        found |= {f"{name} (worker {rank} of {server.url})": digest for name, digest in worker.items()}
-                except ServerError as error:
-                    self._lose({server.url: str(error)})
-            return found
+        def ask(pool: ServerPool) -> dict[str, dict[str, str]]:
+            return {
+                self._member(url): {f"{name} (worker {i})": one for i, said in enumerate(workers) for name, one in said.items()}
+                for url, workers in self._call_all(pool, "unisd_fingerprints").items()
+            }
 
         return self._on_driver(ask)
 
+    def parts(self, wanted: dict[str, list[int]]) -> dict[str, list[tuple[str, int]]]:
+        """See `RolloutEngine.parts`."""
+
+        def ask(pool: ServerPool) -> dict[str, list[tuple[str, int]]]:
+            said = self._call_all(pool, "unisd_parts", wanted)
+            return {url: [(name, one) for worker in workers for name, one in worker.items()] for url, workers in said.items()}
+
+        return self._on_driver(ask)
+
+    def _call_all(self, pool: ServerPool, method: str, *args: Any) -> dict[str, list[dict[str, Any]]]:
+        """What the workers of each live server answer, by URL; a server that does not is lost."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for server in pool.live:
+            try:
+                said = server.call(method, *args)
+                if not all(isinstance(worker, dict) for worker in said):
+                    raise ServerError(f"{server.url}/collective_rpc answered garbage: {method} is {str(said)[:200]}")
+                found[server.url] = said
+            except ServerError as error:
+                self._lose({server.url: str(error)})
+        return found
+
+    def _member(self, url: str) -> str:
+        return f"{url} #{self._joined[url]}"
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `RolloutEngine.generate`."""
-        return self._completions(lambda pool: (self._version, pool.generate(requests, sampling, self._name(self._version))))
+        return self._completions(lambda pool: (self._version, pool.generate(requests, sampling, self._name())))
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See `RolloutEngine.probe`."""
+        possible = common_prefixes(requests)
 
         def ask(pool: ServerPool) -> list[list[Any]]:
             said = []
             for server in pool.live:
                 try:
                     with ThreadPoolExecutor(len(requests)) as threads:
-                        answers = list(threads.map(lambda one: server.complete(one, sampling), requests))  # noqa: B023
-                    said.append([_plain(answer) for answer in answers])
+                        answers = threads.map(lambda one, most: probe(server, one, sampling, most), requests, possible)  # noqa: B023
+                        said.append([_plain(answer) for answer in answers])
                 except ServerError as error:
                     self._lose({server.url: str(error)})
             if not said:
@@ -256,7 +297,7 @@ class ServerEngine:
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Asks for completions that `collect` returns, batch by batch in this order, while the caller does something else."""
         if self._pool is not None:
-            self._pending.append((self._version, self._pool.submit(requests, sampling, self._name(self._version))))
+            self._pending.append((self._version, self._pool.submit(requests, sampling, self._name())))
 
     def collect(self) -> list[Completion]:
         """The completions of the oldest `submit`; waits for them."""
@@ -276,14 +317,21 @@ class ServerEngine:
         return [_completion(one, version) for one in plain]
 
     def _on_driver(self, ask: Callable[[ServerPool], Any]) -> Any:
-        """What rank 0 says, on every rank; `CheckFailed` on all of them if it fails there."""
-        said: dict[str, Any] = {}
-        if self._pool is not None:
-            try:
-                said = {"value": ask(self._pool)}
-            except UnisdError as error:
-                said = {"error": str(error)}
-        said = broadcast_json(said, 0, self._grid.world)
+        """What rank 0 says, on every rank; `CheckFailed` (or `ConfigError`) on all of them if it fails there.
+
+        The others hear from it every minute: they would take a silent rank for dead, however well its servers work.
+        """
+        if self._pool is None:
+            while (said := broadcast_json(None, 0, self._grid.world)) is None:
+                continue
+        else:
+            with ThreadPoolExecutor(1) as thread:
+                future = thread.submit(_answer, ask, self._pool)
+                while not wait([future], HEARTBEAT_S).done:
+                    broadcast_json(None, 0, self._grid.world)
+                said = broadcast_json(future.result(), 0, self._grid.world)
+        if "request" in said:
+            raise ConfigError(said["request"])
         if "error" in said:
             raise CheckFailed(f"{said['error']}; the last checkpoint is untouched")
         return said["value"]
@@ -297,13 +345,27 @@ class ServerEngine:
             self._pool.close()
             for server in [*self._pool.live, *self._pool.lost]:
                 server.close()
+        for link in self._links.values():
+            link.close()
         self._links = {}
 
 
 def _start_anew(server: Server) -> None:
-    """Opens an update; one that was broken off (a trainer that was killed, a sender that failed) does not bar it."""
+    """Opens an update. What was broken off does not bar it: an update (of a trainer that was killed, of a sender that failed),
+    requests that nobody waits for any more.
+    """
+    server.pause(abort=True)
     server.call("unisd_abandon")
     server.start_weight_update()
+
+
+def _answer(ask: Callable[[ServerPool], Any], pool: ServerPool) -> dict[str, Any]:
+    try:
+        return {"value": ask(pool)}
+    except ConfigError as error:
+        return {"request": str(error)}
+    except UnisdError as error:
+        return {"error": str(error)}
 
 
 def _plain(one: Completion) -> list[Any]:
@@ -320,12 +382,3 @@ def _count(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _our_address(url: str) -> str:
-    """The address of this host by which the server's host can reach it."""
-    parts = urlsplit(url)
-    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # nothing is sent: the kernel picks the route
-        probe.connect(address)
-        return str(probe.getsockname()[0])

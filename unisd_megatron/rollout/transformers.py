@@ -68,7 +68,11 @@ class TransformersEngine:
         """None: every parameter was copied where the model computes with it, and there is no cache."""
         return []
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """See `members`."""
+        return {}
+
+    def parts(self, wanted: dict[str, list[int]]) -> dict[str, list[tuple[str, int]]]:
         """See `members`."""
         return {}
 

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from unisd_megatron.rollout.link import Link, checksum
+from unisd_megatron.rollout.link import Link, checksum, part_sums
 
 BACKEND = "unisd"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,7 +62,8 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._links: list[Link] = []
-        self._loaded: set[str] = set()
+        self._received: set[str] = set()  # HF names
+        self._loaded: set[str] = set()  # the engine's names
         self._expected: set[str] = set()
         self._open = False
 
@@ -81,7 +84,7 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
         self._open = True
         self._expected = {name for name, _ in self.model.named_parameters()}
-        self._loaded = set()
+        self._loaded, self._received = set(), set()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -91,13 +94,18 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         tensors = update_info.tensors if update_info.tensors is not None else self._receive(update_info)
         pairs = list(zip(update_info.names, tensors, strict=True))
+        if twice := self._received.intersection(update_info.names):
+            raise ValueError(f"weight sync: {min(twice)} came twice")
+        self._received.update(update_info.names)
         if self.model_config.hf_config.get_text_config().tie_word_embeddings:
             # A head packed for CPU kernels is a copy of its own, which vLLM loads by its own name.
             pairs += [(HEAD, tensor) for name, tensor in pairs if name == EMBEDDING and self.device.type == "cpu"]
         self._loaded |= set(self.model.load_weights(pairs))
-        missing = self._expected - self._loaded
-        if update_info.last and missing:  # here, because vLLM does not take another update after a failed `finish`
-            raise ValueError(f"weight sync: nothing came for the engine's {min(missing)} and {len(missing) - 1} more")
+        if update_info.last:  # here, because vLLM does not take another update after a failed `finish`
+            if missing := self._expected - self._loaded:
+                raise ValueError(f"weight sync: nothing came for the engine's {min(missing)} and {len(missing) - 1} more")
+            if lacking := _incomplete(self.model):
+                raise ValueError(f"weight sync: of the engine's {lacking[0]} came; {len(lacking) - 1} more lack something")
 
     def _receive(self, update_info: UpdateInfo) -> list[Tensor]:
         # A row of its own for each bucket: layers that are not complete yet keep views of it.
@@ -115,15 +123,37 @@ class UnisdTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._open = False
 
     def shutdown(self) -> None:
+        for link in self._links:
+            link.close()
         self._links = []
+
+
+def _incomplete(model: torch.nn.Module) -> list[str]:
+    """Modules of which a part came (a k_proj is missing, or one expert), with how much, by vLLM's own count of elements."""
+    found = []
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        # Complete ones are counted no more. A vocabulary's padding is nobody's to send, and it is one tensor.
+        if info.can_load() and not isinstance(module, VocabParallelEmbedding):
+            came, total = info.load_numel, int(info.load_numel_total or 0)
+            found += [f"{name} {came} of {total} elements"] * (0 < came < total)
+    return found
 
 
 def _unpack_experts(model: torch.nn.Module) -> None:
     """vLLM packs experts for CPU kernels once only; without their kernel they are packed again."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if isinstance(method, FusedMoEMethodBase):
+            _require(method, "moe_kernel")
             method.moe_kernel = None
+
+
+def _require(thing: object, *names: str) -> None:
+    """What we use of vLLM beside its interfaces must be there: set elsewhere it would do nothing, and nobody would know."""
+    for name in names:
+        if not hasattr(thing, name):
+            raise RuntimeError(f"this vLLM's {type(thing).__name__} has no {name}; unisd_megatron works with vLLM 0.32")
 
 
 class WorkerExtension:
@@ -131,6 +161,7 @@ class WorkerExtension:
 
     def unisd_abandon(self) -> list[str]:
         """Forgets an update that was broken off; vLLM would refuse every later one. The next update loads everything anew."""
+        _require(self, "_weight_update_active", "model_runner")
         self._weight_update_active = False
         return []
 
@@ -152,6 +183,39 @@ class WorkerExtension:
                 found[f"{name}, its output"] = _digest(_effect(module))
         return found
 
+    def unisd_parts(self, wanted: dict[str, list[int]]) -> dict[str, int]:
+        """See `RolloutEngine.parts`: this worker's share of them. Columns are what the module makes of a one among zeros,
+        which are the very numbers of its weight, wherever a kernel keeps them."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        modules = dict(model.named_modules())
+        found: dict[str, int] = {}
+        for name, columns in wanted.items():
+            module = modules.get(name.removesuffix(".weight"))
+            if module is None:
+                continue
+            if not columns:
+                found |= part_sums(name, module.weight.detach(), [])
+            elif isinstance(module, LinearBase):
+                found |= _columns(name, module, columns)
+        return found
+
+
+def _columns(name: str, module: LinearBase, columns: list[int]) -> dict[str, int]:
+    """Those of the columns that this worker's shard has."""
+    width = int(getattr(module, "input_size_per_partition", module.input_size))
+    first = width * module.tp_rank if isinstance(module, RowParallelLinear) else 0
+    here = [column for column in columns if first <= column < first + width]
+    if not here:
+        return {}
+    weight = next(module.parameters())
+    ones = torch.zeros(len(here), width, dtype=weight.dtype, device=weight.device)
+    ones[torch.arange(len(here)), torch.tensor(here) - first] = 1
+    rows = module.quant_method.apply(module, ones, bias=None)
+    found: dict[str, int] = {}
+    for column, row in zip(here, rows, strict=True):
+        found |= {f"{name}[:, {column}]": total for total in part_sums(name, row, []).values()}
+    return found
+
 
 def _digest(tensor: Tensor) -> str:
     plain = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
@@ -167,5 +231,6 @@ def _effect(module: torch.nn.Module) -> Tensor:
     return module.quant_method.apply(module, given.to(weight), bias=None)  # type: ignore[union-attr, operator]
 
 
+_require(WeightTransferEngineFactory, "_registry")
 if BACKEND not in WeightTransferEngineFactory._registry:  # a second import under another name must not register again
     WeightTransferEngineFactory.register_engine(BACKEND, UnisdTransferEngine)

@@ -16,7 +16,7 @@ from unisd_megatron.config import Run
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import TASKS, Sampler, Task, build_examples
-from unisd_megatron.data.tokens import encode_examples
+from unisd_megatron.data.tokens import encode_examples, encode_prompt
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.model import Stage
@@ -83,6 +83,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
     )
     prompts, too_long = encode_examples(tokenizer, examples, run.data.max_prompt_length)
     _check_length(prompts, run, source)
+    _check_held_out(task, tokenizer, run)
     notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
@@ -92,6 +93,21 @@ def prepare(run: Run, world_size: int) -> Prepared:
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
+
+
+def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:
+    """Engines are sized for --max_prompt_length, and none of the questions may be left out of an accuracy."""
+    if not run.schedule.eval_steps:
+        return
+    records = task.load("test", run.schedule.eval_data_path)[: run.schedule.eval_examples]
+    lengths = [len(encode_prompt(tokenizer, task.question(record))) for record in records]
+    most = run.data.max_prompt_length
+    if max(lengths) > most:
+        count = sum(length > most for length in lengths)
+        raise ConfigError(
+            f"{count} of {len(lengths)} held-out questions are longer than --max_prompt_length {most}; the longest has "
+            f"{max(lengths)} tokens"
+        )
 
 
 def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:

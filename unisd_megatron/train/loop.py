@@ -50,6 +50,7 @@ def train(run: Run) -> None:
             if journal is not None and isinstance(parts.rollouts.engine, ServerEngine):
                 for note in parts.rollouts.engine.notes:
                     journal.say(note)
+                parts.rollouts.engine.tell = journal.say
             try:
                 _steps(parts, prepared, first, output, journal)
             finally:

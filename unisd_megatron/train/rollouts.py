@@ -37,6 +37,12 @@ class Rollouts:
         self._seed, self._lag, self._last = seed, lag, last
         self._ahead: list[int] = []  # steps whose batches have been asked for
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last sync, and how many servers get prompts (rank 0 knows)."""
+        serving = self.engine.serving() if isinstance(self.engine, ServerEngine) else None
+        return self.sync.metrics | ({} if serving is None else {"rollout/servers": float(serving)})
+
     def of_step(self, step: int) -> list[Sample]:
         """The samples of the whole global batch, in the order of its questions, on every rank."""
         if isinstance(self.engine, ServerEngine) and self._lag:

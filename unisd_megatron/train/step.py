@@ -60,7 +60,7 @@ def train_step(parts: Parts, step: int) -> Report:
         _count(work, learner, tally)
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts, step)
-    metrics = merged.read() | parts.rollouts.sync.metrics
+    metrics = merged.read() | parts.rollouts.metrics
     metrics["rollout/lag"] = float(step - min(sample.completion.version for sample in samples))
     # Only the last stage saw the divergences; every rank needs the ceiling for the checkpoint.
     learner.objective.ceiling = metrics.get("clip/next_ceiling", learner.objective.ceiling)

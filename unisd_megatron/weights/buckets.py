@@ -1,15 +1,17 @@
 """The student's weights on their way to a rollout engine: full Hugging Face tensors, a bounded bucket at a time.
 
 A bucket holds whole parameters of one pipeline stage, up to `bucket_bytes` (one parameter may be more), and of one
-expert-parallel rank where these hold different experts. It costs one all-gather over the tensor-parallel group, a broadcast to
-the ranks without these experts and, where ranks of other stages want it, one more; what it is made of is agreed on once, so
-that no names or shapes travel with the weights. Memory beyond the models: two buckets where it is received, three
-for a moment where it is gathered.
+expert-parallel rank where these hold different experts. Layers come one after the other, with the experts of all ranks: an
+engine keeps what it got of a layer until it has all of it. A bucket costs one all-gather over the tensor-parallel group, a
+broadcast to the ranks without these experts and, where ranks of other stages want it, one more; what it is made of is agreed on
+once, so that no names or shapes travel with the weights. Memory beyond the models: two buckets where it is received (and a
+layer's experts, where vLLM stacks these into one tensor), three for a moment where it is gathered.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +53,8 @@ class WeightStream:
 
     Args: shards: this rank's parameters under canonical names (`Stage.named_shards`), read anew for each pass.
     """
+
+    label = ""
 
     def __init__(
         self,
@@ -138,6 +142,12 @@ def _gather(plan: _Plan, mine: dict[str, Tensor], grid: Grid) -> list[Tensor]:
     ]
 
 
+def _layer(mapping: Mapping) -> str:
+    """The layer of a parameter; outside of all layers, the parameter itself."""
+    found = re.match(r"decoder\.layers\.\d+\.", mapping.megatron)
+    return found[0] if found else mapping.megatron
+
+
 def _plan(mine: dict[str, Tensor], mappings: Sequence[Mapping], grid: Grid, bucket_bytes: int) -> list[_Plan]:
     """The buckets, the same on every rank. Collective over the replica and the expert-parallel group."""
     owners = holders(mine, grid)
@@ -149,9 +159,16 @@ def _plan(mine: dict[str, Tensor], mappings: Sequence[Mapping], grid: Grid, buck
         stage, expert = owners[mapping.megatron]
         return stage, -1 if expert is None else expert, like_of[mapping.megatron][1]
 
+    begins: dict[str, int] = {}  # where a layer begins among the mappings, which are in order
+    for index, mapping in enumerate(mappings):
+        begins.setdefault(_layer(mapping), index)
+
+    def place(mapping: Mapping) -> tuple[int, int, int]:
+        stage, expert, _ = owner(mapping)
+        return stage, begins[_layer(mapping)], expert
+
     plans: list[_Plan] = []
-    # Sorting is stable: layers stay in order.
-    for (stage, expert, name), group in itertools.groupby(sorted(mappings, key=lambda m: owner(m)[:2]), owner):
+    for (stage, expert, name), group in itertools.groupby(sorted(mappings, key=place), owner):  # the sort is stable
         begin = partial(_Plan, dtype=getattr(torch, name), stage=stage, expert=None if expert < 0 else expert)
         plan, held_bytes = begin([], []), 0
         for mapping in group:
