@@ -40,7 +40,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from unisd_megatron.data.addition import (
+from unisd_megatron.data.task import Record
+from unisd_megatron.data.tasks.addition import (
     LARGEST,
     Addition,
     careful_solution,
@@ -50,7 +51,6 @@ from unisd_megatron.data.addition import (
     referred_text,
     solved_text,
 )
-from unisd_megatron.data.task import Record
 
 CHARACTERS = "0123456789+=#;:QRAX\n "
 # These two names, because AutoTokenizer makes a Qwen2Tokenizer of any tokenizer beside a `qwen2` config, whatever class
@@ -225,7 +225,7 @@ def accuracy(
     right, task = 0, Addition()
     for record, completion in zip(records, outputs[:, inputs.shape[1] :].tolist(), strict=True):
         if EOS_ID in completion:
-            right += task.is_correct(record, tokenizer.decode(completion[: completion.index(EOS_ID)]))
+            right += task.judge(record, tokenizer.decode(completion[: completion.index(EOS_ID)])).correct
     return right / len(records)
 
 

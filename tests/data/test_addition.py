@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from unisd_megatron.data.addition import (
+from unisd_megatron.data.task import Record
+from unisd_megatron.data.tasks.addition import (
     Addition,
     careful_solution,
     careless_solution,
@@ -16,7 +17,6 @@ from unisd_megatron.data.addition import (
     referred_text,
     solved_text,
 )
-from unisd_megatron.data.task import Record
 from unisd_megatron.errors import DataError
 
 MODEL = Path(__file__).parents[2] / "examples" / "demo" / "model"
@@ -74,14 +74,14 @@ def test_every_text_has_one_length() -> None:
 
 
 def test_references_are_right() -> None:
-    assert all(TASK.is_correct(record, TASK.reference(record)) for record in all_records())
+    assert all(TASK.judge(record, TASK.reference(record)).correct for record in all_records())
 
 
 def test_corruptions_are_wrong_and_of_the_reference_form() -> None:
     for record in all_records():
         wrong = TASK.corrupt(record, random.Random(0))
         assert len(wrong) == 31
-        assert not TASK.is_correct(record, wrong)
+        assert not TASK.judge(record, wrong).correct
         positive, negative = TASK.teacher_prompt(record, TASK.reference(record)), TASK.teacher_prompt(record, wrong)
         assert negative == positive.replace(TASK.reference(record), wrong)
 
@@ -115,12 +115,12 @@ def test_sums_with_a_carry_are_corrupted_by_forgetting_it() -> None:
     ],
 )
 def test_answer_is_the_number_behind_the_last_mark(completion: str, right: bool) -> None:
-    assert TASK.is_correct(record_of(347, 285), completion) is right
+    assert TASK.judge(record_of(347, 285), completion).correct is right
 
 
 def test_zero_is_an_answer() -> None:
-    assert TASK.is_correct(record_of(0, 0), "#0000")
-    assert not TASK.is_correct(record_of(0, 0), "#")
+    assert TASK.judge(record_of(0, 0), "#0000").correct
+    assert not TASK.judge(record_of(0, 0), "#").correct
 
 
 def test_splits_are_disjoint_repeatable_and_of_their_sizes() -> None:

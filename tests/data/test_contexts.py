@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from unisd_megatron.data.addition import Addition
 from unisd_megatron.data.contexts import build_examples
 from unisd_megatron.data.example import Example
-from unisd_megatron.data.gsm8k import Gsm8k
-from unisd_megatron.data.mbpp import Mbpp
 from unisd_megatron.data.task import Record
+from unisd_megatron.data.tasks.addition import Addition
+from unisd_megatron.data.tasks.gsm8k import Gsm8k
+from unisd_megatron.data.tasks.mbpp import Mbpp
 from unisd_megatron.errors import ConfigError, DataError
 
 DATA = Path(os.environ.get("UNISD_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

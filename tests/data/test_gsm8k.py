@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from unisd_megatron.data.gsm8k import Gsm8k, extract_answer
 from unisd_megatron.data.task import Record
+from unisd_megatron.data.tasks.gsm8k import Gsm8k, extract_answer, released_answer
 
 DATA = Path(os.environ.get("UNISD_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 NATALIA = Record(
@@ -104,7 +104,42 @@ def test_the_answer_of_a_completion_read_by_hand(completion: str, answer: float 
     ],
 )
 def test_an_answer_is_compared_as_a_number(gold: str, completion: str, correct: bool) -> None:
-    assert TASK.is_correct(record(f"By thought.\n#### {gold}"), completion) is correct
+    assert TASK.judge(record(f"By thought.\n#### {gold}"), completion).correct is correct
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("48 + 24 = 72\n#### 72", 72),
+        ("#### 10\nWait, that is wrong.\n#### 72", 72),
+        ("#### $1,080.00", 1080),
+        ("#### 50%", 50),
+        ("#### -7", -7),
+        ("#### −7", 7),  # a typographic minus is no sign
+        ("#### -$7", 7),  # nor is one before the currency
+        ("#### .5", 5),  # a decimal needs its zero
+        ("#### 1,00,000", 1),  # Indian commas cut the number
+        ("the answer is: $1,234,567", 1_234_567),
+        ("The answer is 5. No: the final answer is 7.", 5),  # phrases are tried in an order of their own
+        ("Answer: 12 apples and 3 pears", 12),
+        ("THE ANSWER IS 12, not 3", 3),
+        ("It takes 10-3", -3),  # the minus of a subtraction is read as a sign
+        ("She has 3 + 4 = 7 apples.", 7),
+        ("so it is 3.50 dollars", 3.5),
+        ("#### \nThe answer is 9", 9),
+        ("8 ####", 8),
+        ("no number here", None),
+        ("", None),
+    ],
+)
+def test_the_released_answer_of_a_completion_read_by_hand(completion: str, answer: float | None) -> None:
+    found = released_answer(completion)
+    assert (None if found is None else float(found)) == answer
+
+
+def test_released_scoring_reads_a_subtraction_as_a_negative_number() -> None:
+    assert Gsm8k("released").judge(record("So.\n#### 3"), "It takes 10-3").correct is False
+    assert TASK.judge(record("So.\n#### 3"), "It takes 10-3").correct is True
 
 
 def test_no_text_raises() -> None:
@@ -112,7 +147,8 @@ def test_no_text_raises() -> None:
     alphabet = "0123456789.,-−$%/# \n#answer is:The²٣½\\(){}eE\x00"
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(3000)]
     for text in [*texts, "9" * 10_000, "#### " + "9" * 10_000, "1" + ",11" * 2000, "#" * 1000, "#### 1/0", "٣"]:
-        assert TASK.is_correct(NATALIA, text) in (True, False)
+        assert TASK.judge(NATALIA, text).correct in (True, False)
+        assert Gsm8k("released").judge(NATALIA, text).correct in (True, False)
 
 
 def test_a_slip_is_carried_on_to_the_answer() -> None:
@@ -146,7 +182,7 @@ def test_a_wrong_answer_keeps_the_way_numbers_are_written() -> None:
 def test_a_solution_without_a_usable_step_is_wrong_at_its_end(answer: str) -> None:
     for seed in range(10):
         wrong = TASK.corrupt(record(answer), random.Random(seed))
-        assert not TASK.is_correct(record(answer), wrong) and re.search(r"#### -?\d+$", wrong)
+        assert not TASK.judge(record(answer), wrong).correct and re.search(r"#### -?\d+$", wrong)
 
 
 def test_the_same_generator_gives_the_same_wrong_solution() -> None:
@@ -159,7 +195,25 @@ def test_of_all_real_records_the_reference_is_right_and_the_wrong_solution_wrong
     assert len(records) == len({record.id for record in records}) == size
     for each in records:
         reference, wrong = TASK.reference(each), TASK.corrupt(each, random.Random(f"0:{each.id}"))
-        assert TASK.is_correct(each, reference) and "<<" not in reference, each.id
-        assert wrong != reference and not TASK.is_correct(each, wrong) and "<<" not in wrong, each.id
+        assert TASK.judge(each, reference).correct and "<<" not in reference, each.id
+        assert wrong != reference and not TASK.judge(each, wrong).correct and "<<" not in wrong, each.id
         assert wrong.count("\n") == reference.count("\n"), each.id  # the same form: only numbers differ
         assert re.sub(r"[\d,.]+", "", wrong) == re.sub(r"[\d,.]+", "", reference), each.id
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "answer", "solution"),
+    [
+        ("5 - 2 = 3 each.\n5 * 3 = 15", "15", "5 - 2 = 3 each.\n5 * 3 = 15\n#### 15"),
+        ("5 * 3 = 15", "$1,500.", "5 * 3 = 15\n#### 1,500"),
+        ("5 * 3 = 15\n#### 15", "#### 15", "5 * 3 = 15\n#### 15"),
+        ("It is -2.", "-2", "It is -2.\n#### -2"),
+        ("", "15", None),
+        ("5 * 3 = 15", "fifteen", None),
+        ("5 * 3 = 15", "15 or 16", None),
+    ],
+)
+def test_a_models_wrong_solution_takes_the_form_of_the_reference(reasoning: str, answer: str, solution: str | None) -> None:
+    corruption, *_ = TASK.corruptions(NATALIA)
+    assert NATALIA.fields["question"].strip() in corruption.request and corruption.kind in corruption.request
+    assert TASK.negative(NATALIA, corruption, reasoning, answer) == solution

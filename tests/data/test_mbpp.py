@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from unisd_megatron.data.mbpp import Mbpp
-from unisd_megatron.data.task import Record
-from unisd_megatron.errors import DataError, RequestError
+from unisd_megatron.data.task import Program, Record
+from unisd_megatron.data.tasks.mbpp import BUG_KINDS, Mbpp, MbppSanitized
+from unisd_megatron.errors import DataError
 
 DATA = Path(os.environ.get("UNISD_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 TASK = Mbpp()
+RELEASED = Mbpp("released")
 ROW = {
     "task_id": 601,
     "text": "Write a function to double a number.",
@@ -191,8 +192,7 @@ def test_nothing_is_executed(tmp_path: Path) -> None:
     trap = tmp_path / "executed"
     record = parsed(code=f"open({str(trap)!r}, 'w')\ndef double(n):\n    return n * 2\ndouble(3)")
     TASK.question(record), TASK.reference(record), TASK.corrupt(record, random.Random(0))
-    with pytest.raises(RequestError, match=r"needs the code sandbox, .* evaluate on gsm8k or addition"):
-        TASK.is_correct(record, TASK.reference(record))
+    TASK.judge(record, TASK.reference(record))
     assert not trap.exists()
 
 
@@ -227,3 +227,108 @@ def test_most_real_records_offer_a_bug() -> None:
     for right, other in wrong:
         assert meaning(code_of(other)) != meaning(code_of(right))
     assert len(wrong) >= 0.9 * len(records), f"only {len(wrong)} of {len(records)} references can be corrupted"
+
+
+# Answers.
+
+F = "def f(x):\n    return x\n"
+ANSWERS = {
+    "a block": (f"Here:\n```python\n{F}```\nDone.", F),
+    "no block": (F, F),
+    "a block that the end cuts short": (f"```python\n{F}", F),
+    "a block without a language": (f"```\n{F}```", F),
+    "an example before the solution": (f"```python\nprint(f(1))\n```\n```python\n{F}```", F),
+    "a shell block first": (f"```bash\npip install x\n```\n```py\n{F}```", F),
+    "an indented block": (f"1. So:\n  ```python\n{F}  ```", F),
+    "JSON": ('{"code": "def f(x):\\n    return x\\n"}', F),
+    "JSON with a block in it": ('{"code": "```python\\ndef f(x):\\n    return x\\n```"}', F),
+    "thoughts with a block": (f"<think>```python\ndef f(x): return 0\n```</think>```python\n{F}```", F),
+    "an assigned name": ("```python\nhelp = 1\n```\n```python\nf = lambda x: x\n```", "f = lambda x: x\n"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_code_of_an_answer_is_found(name: str) -> None:
+    completion, code = ANSWERS[name]
+    judged = TASK.judge(parsed(code=F, test_list=["assert f(1) == 1"]), completion)
+    assert isinstance(judged, Program) and judged.code == code and judged.tests == "assert f(1) == 1"
+
+
+def test_the_program_is_tested_with_what_the_tests_need() -> None:
+    judged = TASK.judge(parsed(test_setup_code="root = 1", test_imports=["import math"]), "x")
+    assert isinstance(judged, Program) and judged.tests == "import math\nroot = 1\nassert double(helper(1)) == 4"
+
+
+def test_the_released_cascade_takes_the_first_python_block() -> None:
+    completion = f"```python\nprint(f(1))\n```\n```python\n{F}```"
+    judged = RELEASED.judge(parsed(code=F, test_list=["assert f(1) == 1"]), completion)
+    assert isinstance(judged, Program) and judged.code == "print(f(1))\n"
+
+
+# The released faults.
+
+
+def test_released_renames_the_first_def_of_exactly_the_references_that_are_known_to_break() -> None:
+    changed = {one.fields["task_id"] for one in real("train") if RELEASED.reference(one) != plain(one)}
+    assert changed == {601, 630, 645, 671, 702, 735, 797, 896, 905, 912, 926, 949, 962}
+    assert sum(RELEASED.reference(one) != plain(one) for one in real("test")) == 20
+
+
+def plain(record: Record) -> str:
+    return str(record.fields["code"]).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_released_asks_for_the_first_function_by_its_positional_arguments() -> None:
+    assert "signature is: helper(x)\n" in RELEASED.question(parsed())
+    wrong = [one for one in real("train") if RELEASED.question(one).split("(")[0] != TASK.question(one).split("(")[0]]
+    assert len(wrong) == 12
+
+
+# Wrong solutions that a model writes.
+
+
+def test_a_model_is_asked_for_each_kind_of_bug() -> None:
+    corruptions = TASK.corruptions(parsed(test_setup_code="root = 1"))
+    assert tuple(one.kind for one in corruptions) == BUG_KINDS
+    for one in corruptions:
+        for shown in (
+            one.kind,
+            "Write a function to double a number.",
+            "`double`",
+            "root = 1",
+            "assert double(helper(1)) == 4",
+        ):
+            assert shown in one.request
+        assert TASK.reference(parsed()) not in one.request and '{"reasoning":' in one.request
+
+
+@pytest.mark.parametrize("answer", ["def double(n):\n    return n", "```python\ndef double(n):\n    return n\n```"])
+def test_a_wrong_solution_has_the_form_of_the_reference(answer: str) -> None:
+    corruption = TASK.corruptions(parsed())[0]
+    assert TASK.negative(parsed(), corruption, "It doubles.", answer) == "```python\ndef double(n):\n    return n\n```"
+
+
+@pytest.mark.parametrize("answer", ["", "I cannot.", "def triple(n):\n    return n", "import os", "REFERENCE"])
+def test_what_is_no_wrong_solution_of_the_task_is_refused(answer: str) -> None:
+    answer = TASK.reference(parsed()) if answer == "REFERENCE" else answer
+    assert TASK.negative(parsed(), TASK.corruptions(parsed())[0], "", answer) is None
+
+
+# The configurations.
+
+
+def test_the_sanitized_configuration_is_not_the_full_one() -> None:
+    with pytest.raises(ValueError, match="a row of the full configuration; use --dataset mbpp"):
+        MbppSanitized().parse(ROW, 0)
+    row = {key: value for key, value in ROW.items() if key not in ("text", "test_setup_code")} | {
+        "prompt": "Double.",
+        "test_imports": [],
+    }
+    record = MbppSanitized().parse(row, 0)
+    assert MbppSanitized().keep(record, "train") and not MbppSanitized().keep(record, "test")
+    assert (Mbpp.hub_config, MbppSanitized.hub_config) == ("full", "sanitized")
+
+
+def test_all_rows_of_a_file_can_be_had() -> None:
+    real("train")  # skips where there is no file
+    assert len(TASK.load("all", str(DATA / "mbpp.jsonl"))) == 974

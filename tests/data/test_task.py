@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unisd_megatron.data import TASKS
-from unisd_megatron.data.gsm8k import Gsm8k
+from unisd_megatron.data.tasks.gsm8k import Gsm8k
 from unisd_megatron.errors import DataError, RequestError
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(3, 8)]

@@ -16,10 +16,10 @@ class Example:
     """What the student sees: the question alone."""
 
     teacher: str
-    """The question with its reference solution. The only field that may show the gold answer."""
+    """The question with its reference solution. The only field that shows it, unless auxiliary contexts are asked to."""
 
     auxiliary: tuple[str, ...] = ()
-    """K other contexts, each the question behind its own solved examples of other questions."""
+    """K other contexts, each the question behind solved examples of other questions, or behind an instruction."""
 
     negative: str | None = None
     """The question with a wrong solution, in the form of `teacher`; None where no negative was asked for."""

@@ -1,30 +1,27 @@
-"""A task: where its records come from, what is asked, what the reference is, and when an answer is right.
+"""A task: where its records come from, what is asked, what the reference is, how one may be wrong, and when an answer is right.
 
-This room knows text only: no tokenizer, no torch, no model. Every task states six things (`load`, `question`,
-`reference`, `corrupt`, `is_correct`, and its hub id); the prompts that the teacher sees are made from them by the
-three `*_prompt` methods below, which are identical for the reference and for the negative demonstration, so that
-the contrast measures the content and never the formatting (the released code's templates differ).
+This room knows text only: no tokenizer, no torch, no model, and it never runs code. A task states the six things that are its
+own; the prompts that the teacher sees are made from them by `prompts.py`, in one form for the reference and for the negative
+demonstration, so that the contrast measures the content and never the formatting.
 
-Templates follow `UniSD` (arXiv 2605.06597 and its released code), reworded only where that code has a fault.
+`semantics`: "corrected", or "released" for what the authors' code (arXiv 2605.06597) does where that changes results; every
+difference is listed in docs/semantics.md.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TextIO, cast
+from typing import Any, ClassVar, Literal
 
-from unisd_megatron.errors import DataError, MissingDependency
+from unisd_megatron.data import prompts
+from unisd_megatron.data.sources import hub_rows, read_rows
+from unisd_megatron.errors import DataError
 
-SELF_INSTRUCTION = (
-    "Study the reference solution above carefully, then solve the task again in your own way and with your own words."
-)
+Semantics = Literal["corrected", "released"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +32,62 @@ class Record:
     fields: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an answer is worth."""
+
+    correct: bool
+    failure: str | None = None
+    """Kind of failure, in a few words that are the same for all answers of a kind; None exactly when correct."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further measures of this answer, each between 0 and 1, that are reported beside the accuracy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """An answer in Python with the tests that decide it; for the sandbox alone to run."""
+
+    code: str
+    """What the model wrote."""
+
+    tests: str
+    """Run after `code`, in its module: the answer is right when they run to their end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """One way of being wrong that a model is asked for, to make a negative demonstration."""
+
+    kind: str
+    """In a few words: "off-by-one error", "wrong option C"."""
+
+    request: str
+    """The prompt. The model answers in JSON: `{"reasoning": text, "answer": text}`."""
+
+
 class Task(ABC):
-    """One benchmark. Subclasses live one per file and are listed in `unisd_megatron.data.TASKS`."""
+    """One benchmark. Subclasses live one per file in `tasks/`; those with a `name` are in `unisd_megatron.data.TASKS`."""
 
     name: ClassVar[str]
     hub_id: ClassVar[str | None]  # data set id on the Hugging Face hub; None: no hub, `--data_path` or built in
     hub_config: ClassVar[str | None] = None
+    splits: ClassVar[Mapping[str, str]] = {"train": "train", "test": "test"}  # ours -> the hub's; no "train": evaluation only
+
+    def __init__(self, semantics: Semantics = "corrected") -> None:
+        self.released = semantics == "released"
+
+    # Where it comes from.
 
     @abstractmethod
     def parse(self, row: Mapping[str, Any], index: int) -> Record:
         """The record of one row of the source; `ValueError` or `KeyError` when the row is not of this task's schema."""
+
+    def keep(self, record: Record, split: str) -> bool:
+        """Whether a record of the source belongs to `split` ("train" or "test"); True where files are splits."""
+        return True
+
+    # What is asked, and what is right.
 
     @abstractmethod
     def question(self, record: Record) -> str:
@@ -52,50 +95,84 @@ class Task(ABC):
 
     @abstractmethod
     def reference(self, record: Record) -> str:
-        """The reference solution, as shown to the teacher."""
+        """The reference solution, as shown to the teacher: in the form that `question` asks for."""
 
     @abstractmethod
+    def judge(self, record: Record, completion: str) -> Verdict | Program:
+        """What the completion is worth, or the program whose run decides it (`evaluate.judging` has both done)."""
+
+    def options(self, record: Record) -> Mapping[str, str]:
+        """The completions among which this question asks to choose, by their letter; none where it is not a choice."""
+        return {}
+
+    def group(self, record: Record) -> str | None:
+        """The part of the benchmark that accuracies are also reported for, such as a subject; None: there are no parts."""
+        return None
+
+    # What is wrong.
+
     def corrupt(self, record: Record, rng: random.Random) -> str | None:
-        """A plausible wrong solution in the form of `reference`, or None when this record offers no such corruption."""
+        """A plausible wrong solution in the form of `reference`, made by a rule; None when this record offers none."""
+        return None
 
-    @abstractmethod
-    def is_correct(self, record: Record, completion: str) -> bool:
-        """Whether the completion answers the question."""
+    @classmethod
+    def has_rule(cls) -> bool:
+        """Whether wrong solutions are made by a rule, where no model has generated any."""
+        return cls.corrupt is not Task.corrupt
 
-    def keep(self, record: Record, split: str) -> bool:
-        """Whether a record of the source belongs to `split` ("train" or "test"); True where files are splits."""
-        return True
+    def corruptions(self, record: Record) -> Sequence[Corruption]:
+        """The kinds of wrong solutions that a model can be asked for, for this record; none: it cannot be asked."""
+        return ()
+
+    def negative(self, record: Record, corruption: Corruption, reasoning: str, answer: str) -> str | None:
+        """The wrong solution, in the form of `reference`, that a model's answer to `corruption` makes; None when unusable."""
+        return None
+
+    # What stands for the record where records are shown or compared.
+
+    def topic(self, record: Record) -> str:
+        """The text by which similar records are found: the question without the instructions common to all."""
+        return self.question(record)
+
+    def teacher_prompt(self, record: Record, solution: str, *, negative: bool = False) -> str:
+        """The question with a solution before it is answered: the reference (primary view) or a wrong one (negative)."""
+        if negative and self.released:
+            return prompts.with_wrong_solution_released(self.question(record), solution)
+        return prompts.with_solution(self.question(record), solution)
+
+    def auxiliary_prompt(self, record: Record, donors: Sequence[Record], *, gold: bool = False) -> str:
+        """The question behind other solved examples; this record's own reference is shown if `gold`, else nothing of it."""
+        shown = [(self.question(donor), self.reference(donor)) for donor in donors]
+        return prompts.behind_examples(self._asked(record, gold), shown)
+
+    def instructed_prompt(self, record: Record, instruction: str, *, gold: bool = False) -> str:
+        """The question behind an instruction that was induced from other solved examples."""
+        return prompts.behind_instruction(self._asked(record, gold), instruction)
+
+    def _asked(self, record: Record, gold: bool) -> str:
+        return self.teacher_prompt(record, self.reference(record)) if gold else self.question(record)
+
+    # Reading.
 
     def load(self, split: str, data_path: str | None) -> list[Record]:
-        """All records of a split, from `data_path` (JSON, JSONL, either gzipped) or from the hub.
+        """All records of a split, or of "all", from `data_path` (JSON, JSONL, either gzipped, or parquet) or from the hub.
 
         Raises `DataError` naming the file and the line of the first broken record, or that nothing is left.
         """
-        records = list(self._from_file(data_path)) if data_path is not None else list(self._from_hub(split))
-        records = [record for record in records if self.keep(record, split)]
+        if split not in (*self.splits, "all"):
+            why = "it is for evaluation only" if split == "train" else f"use {' or '.join(self.splits)}"
+            raise DataError(f"--dataset {self.name} has no split {split!r}; {why}")
+        rows = read_rows(Path(data_path)) if data_path is not None else self._hub_rows(split)
+        parsed = (self._parse(row, index, where) for where, index, row in rows)
+        records = [record for record in parsed if split == "all" or self.keep(record, split)]
         if not records:
             raise DataError(f"{data_path or self.hub_id}: no {split} record for --dataset {self.name}; the data set is empty")
         return records
 
-    def _from_file(self, data_path: str) -> Iterator[Record]:
-        for where, index, row in read_rows(Path(data_path)):
-            yield self._parse(row, index, where)
-
-    def _from_hub(self, split: str) -> Iterator[Record]:
+    def _hub_rows(self, split: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
         if self.hub_id is None:
             raise DataError(f"--dataset {self.name} has no hub id; pass --data_path FILE")
-        try:
-            import datasets
-        except ImportError as error:
-            raise MissingDependency(
-                f"loading {self.hub_id} needs the `datasets` library; pip install datasets, or pass --data_path FILE"
-            ) from error
-        try:
-            rows = datasets.load_dataset(self.hub_id, self.hub_config, split=split)
-        except (OSError, ValueError) as error:  # no network, no such data set; no such configuration or split
-            raise DataError(f"{self.hub_id} cannot be loaded from the hub ({error}); pass --data_path FILE") from error
-        for index, row in enumerate(rows):
-            yield self._parse(row, index, f"{self.hub_id}, {split} row {index}")
+        return hub_rows(self.hub_id, self.hub_config, self.splits.get(split, split))
 
     def _parse(self, row: Mapping[str, Any], index: int, where: str) -> Record:
         try:
@@ -103,62 +180,3 @@ class Task(ABC):
         except (KeyError, ValueError, TypeError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{where}: not a record of {self.name}: {reason}") from error
-
-    # The prompts the teacher reads. One form for right and wrong solutions.
-
-    def teacher_prompt(self, record: Record, solution: str) -> str:
-        """The question with a solution before it is answered: the reference (primary view) or a corrupted one (negative)."""
-        return (
-            f"\n{self.question(record)}\n\nThis is an example for a response to the question:\n{solution}\n\n"
-            f"{SELF_INSTRUCTION}\n"
-        )
-
-    def auxiliary_prompt(self, record: Record, donors: Sequence[Record]) -> str:
-        """The question behind other solved examples; nothing of this record's own solution is shown."""
-        parts = ["# Reference Samples (DO NOT SOLVE THESE)", "Learn from how they are solved; do not copy their answers.", ""]
-        for number, donor in enumerate(donors, start=1):
-            parts += [f"### [REFERENCE ONLY #{number}]", self.question(donor).strip(), "", "Reference Answer:"]
-            parts += [self.reference(donor), ""]
-        parts += ["-----", "## Task to Solve (ONLY ANSWER THIS TASK)", self.question(record)]
-        return "\n".join(parts)
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Yields `(where, index, row)` for each JSON object of a `.json`, `.jsonl` file or its `.gz`; `where` names the line."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such data file")
-    opener = gzip.open if path.suffix == ".gz" else open
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in _READERS:
-        raise DataError(f"{path}: unknown kind of data file; use .json, .jsonl, or either with .gz")
-    try:
-        with cast(TextIO, opener(path, "rt", encoding="utf-8")) as stream:
-            for index, (where, row) in enumerate(_READERS[kind](path, stream)):
-                if not isinstance(row, Mapping):
-                    raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-                yield where, index, row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # cut short, not gzip, not UTF-8, not ours to read
-        raise DataError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 text: {error}") from error
-
-
-def _json_list(path: Path, stream: TextIO) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.load(stream)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of records, got {type(rows).__name__}")
-    yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _json_lines(path: Path, stream: TextIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
-
-
-_READERS = {".json": _json_list, ".jsonl": _json_lines}

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from unisd_megatron.data.task import Record, Task
+from unisd_megatron.data.task import Record, Task, Verdict
 from unisd_megatron.errors import DataError
 
 LARGEST = 999  # three digits
@@ -78,9 +78,7 @@ class Addition(Task):
 
     def load(self, split: str, data_path: str | None) -> list[Record]:
         """The records of "train" or "test": drawn once for all where no `data_path` is given."""
-        if split not in SPLIT_SIZES:
-            raise DataError(f"--dataset {self.name} has no split {split!r}; use {' or '.join(SPLIT_SIZES)}")
-        return super().load(split, data_path) if data_path is not None else self._draw(split)
+        return self._draw(split) if data_path is None and split in SPLIT_SIZES else super().load(split, data_path)
 
     def _draw(self, split: str) -> list[Record]:
         rng = random.Random(f"{self.name} {split} {SPLIT_SEED}")
@@ -118,17 +116,23 @@ class Addition(Task):
         mistaken = (a // place % 10, b // place % 10)
         return careful_solution(a, b, lambda x, y: x + y + ((x, y) == mistaken))
 
-    def is_correct(self, record: Record, completion: str) -> bool:
+    def judge(self, record: Record, completion: str) -> Verdict:
         """Whether the completion ends in `#` and the sum; whether it ended at all is judged where EOS is seen."""
         answer = re.fullmatch(r"0*(\d+)", completion.rpartition("#")[2].strip(), re.ASCII) if "#" in completion else None
-        return answer is not None and answer[1] == str(sum(_operands(record)))
+        if answer is None:
+            return Verdict(False, "no answer")
+        correct = answer[1] == str(sum(_operands(record)))
+        return Verdict(correct, None if correct else "wrong answer")
 
-    def teacher_prompt(self, record: Record, solution: str) -> str:
+    def teacher_prompt(self, record: Record, solution: str, *, negative: bool = False) -> str:
         return referred_text(*_operands(record), solution)
 
-    def auxiliary_prompt(self, record: Record, donors: Sequence[Record]) -> str:
+    def auxiliary_prompt(self, record: Record, donors: Sequence[Record], *, gold: bool = False) -> str:
         shown = "".join(solved_text(*_operands(donor), self.reference(donor)) for donor in donors)
-        return shown + self.question(record)
+        return shown + self._asked(record, gold)
+
+    def instructed_prompt(self, record: Record, instruction: str, *, gold: bool = False) -> str:
+        raise DataError(f"--dataset {self.name} has a model of 21 characters, which no instruction can be written in")
 
 
 def _operands(record: Record) -> tuple[int, int]:

@@ -9,24 +9,38 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from unisd_megatron.data.task import Record, Task
+from unisd_megatron.data.task import Corruption, Record, Task, Verdict
 
 INSTRUCTION = (
     "Reason step by step. End your response with one last line that holds the final answer as a plain number, in this form:"
     "\n#### <number>"
 )
 TOLERANCE = Fraction(1, 10_000)
+MISTAKES = ("slip in the arithmetic", "wrong operation", "misread quantity", "missing last step")
+MISTAKE_REQUEST = """\
+You are simulating a confident student who makes one mistake: {kind}.
+Solve the problem below step by step, with that mistake in it.
+
+{question}
+
+Rules:
+- The final number must be wrong because of that mistake, and everything after it must follow from it.
+- Write as if you were sure: no hint of doubt, and never say that there is a mistake.
+- Answer in JSON: "reasoning" holds the steps, "answer" the final number alone."""
 
 # A number in running text: thousands commas (western or Indian), then decimals. re.ASCII: other scripts' digits are not read.
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(_UNSIGNED, re.ASCII)
 # A minus counts as a sign only where nothing stands before it to subtract from: "10-3" ends in 3.
 _ANSWER = re.compile(rf"(?P<sign>(?<![\w)])[-−])?(?:\\?\$(?P<minus>[-−])?)?(?P<number>{_UNSIGNED})", re.ASCII)
+# The released code's: a minus is a sign wherever it stands, and only western thousands commas are read.
+_RELEASED_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
+_RELEASED_PHRASES = ("the answer is", "The answer is", "final answer is", "Final answer is", "answer:", "Answer:")
 _PHRASE = re.compile(r"(?:the|final) answer is|answer[*_ ]*:", re.IGNORECASE)
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -86,10 +100,25 @@ class Gsm8k(Task):
         last = _NUMBER.sub(lambda match: wrong if _value(match[0]) == right else match[0], last)
         return _solution("\n".join([*lines, last]), wrong)
 
-    def is_correct(self, record: Record, completion: str) -> bool:
-        answer = extract_answer(completion)
-        gold = _required_value(_split(record.fields["answer"])[1])
-        return answer is not None and abs(answer - gold) < TOLERANCE
+    def corruptions(self, record: Record) -> Sequence[Corruption]:
+        question = record.fields["question"].strip()
+        return [Corruption(kind, MISTAKE_REQUEST.format(kind=kind, question=question)) for kind in MISTAKES]
+
+    def negative(self, record: Record, corruption: Corruption, reasoning: str, answer: str) -> str | None:
+        """The working and the number, as in the reference; None without working, or where the answer is no single number."""
+        working = reasoning.rpartition("####")[0] or reasoning
+        number = re.fullmatch(rf"(?:####)?\s*\$?(-?(?:{_UNSIGNED}))\.?", answer.strip(), re.ASCII)
+        return None if number is None or not working.strip() else _solution(working.strip(), number[1])
+
+    def judge(self, record: Record, completion: str) -> Verdict:
+        answer = released_answer(completion) if self.released else extract_answer(completion)
+        if answer is None:
+            return Verdict(False, "no answer")
+        correct = abs(answer - _required_value(_split(record.fields["answer"])[1])) < TOLERANCE
+        return Verdict(correct, None if correct else "wrong answer")
+
+    def topic(self, record: Record) -> str:
+        return record.fields["question"].strip()
 
 
 def extract_answer(completion: str) -> Fraction | None:
@@ -102,6 +131,17 @@ def extract_answer(completion: str) -> Fraction | None:
         return number
     *_, last = [None, *_numbers(completion)]
     return last
+
+
+def released_answer(completion: str) -> Fraction | None:
+    """The number that the released code reads: after the last `####`, else after the last of the first phrase that has one
+    after it, else the last number."""
+    for mark in ("####", *_RELEASED_PHRASES):
+        _, marker, after = completion.rpartition(mark)
+        if marker and (match := _RELEASED_NUMBER.search(after)) is not None:
+            return _value(match[0])
+    *_, last = [None, *_RELEASED_NUMBER.findall(completion)]
+    return None if last is None else _value(last)
 
 
 def _numbers(text: str) -> Iterator[Fraction]:
