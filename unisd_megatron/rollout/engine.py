@@ -28,11 +28,14 @@ class Sampling:
     eos_ids: tuple[int, ...]
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    json_schema: str | None = None
+    """Completions are JSON of this schema, without free whitespace, and end where it does (or are cut); None: free text."""
 
     @property
     def is_plain(self) -> bool:
         """Whether tokens are drawn from the softmax at the temperature itself, all of it."""
-        return (self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+        shaping = (self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.json_schema)
+        return shaping == (1.0, 0, 0.0, 1.0, None)
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,8 @@ def probe(server: Server, request: Request, sampling: Sampling, most: int) -> Co
 
 
 def _body(request: Request, sampling: Sampling) -> dict[str, Any]:
+    if sampling.json_schema is not None:
+        raise ConfigError("structured answers come from an engine in the training processes, not from a vLLM server")
     return {
         "prompt": list(request.prompt),
         "max_tokens": sampling.max_tokens,

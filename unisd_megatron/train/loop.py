@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from unisd_megatron.batch import STUDENT
 from unisd_megatron.config import Run
 from unisd_megatron.errors import CheckFailed, CheckpointError
-from unisd_megatron.evaluate.run import accuracy, answer
+from unisd_megatron.evaluate.run import Question, accuracy, answer, ask, each_sample
+from unisd_megatron.evaluate.scoring import Judge
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.rollout.engine import Sampling, sequence_seed
@@ -37,6 +39,7 @@ def train(run: Run) -> None:
     world_size = start.world_size_from_environment()
     prepared = prepare(run, world_size)
     output, resume = _check_output(run, prepared)
+    held_out = _held_out(run, prepared) if run.schedule.eval_steps else None
     first = int(checkpoint.read_state(resume)["steps_done"]) if resume is not None else 0
     if run.rollout.rollout == "replay":
         require_recordings(Path(run.rollout.replay_path or ""), range(first, prepared.max_steps))
@@ -52,7 +55,7 @@ def train(run: Run) -> None:
                     journal.say(note)
                 parts.rollouts.engine.tell = journal.say
             try:
-                _steps(parts, prepared, first, output, journal)
+                _steps(parts, prepared, first, output, journal, held_out)
             finally:
                 if journal is not None:
                     journal.close()
@@ -92,14 +95,16 @@ def _check_output(run: Run, prepared: Prepared) -> tuple[Path, Path | None]:
     return output, path
 
 
-def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: Journal | None) -> None:
+def _steps(
+    parts: Parts, prepared: Prepared, first: int, output: Path, journal: Journal | None, held_out: HeldOut | None
+) -> None:
     schedule = parts.run.schedule
     saver = checkpoint.Saver(parts.learner, parts.run, prepared.identity)
     try:
         for step in range(first, prepared.max_steps):
             saver.finish(wait=False)
-            if schedule.eval_steps and step % schedule.eval_steps == 0:
-                _evaluate(parts, prepared, step, output, journal)
+            if held_out is not None and step % schedule.eval_steps == 0:
+                _evaluate(parts, prepared, step, output, journal, held_out)
             report = train_step(parts, step)
             if journal is not None:
                 journal.record(step, report.metrics)
@@ -107,25 +112,49 @@ def _steps(parts: Parts, prepared: Prepared, first: int, output: Path, journal: 
                 _record_rollouts(parts, report, step, output)
             if step + 1 == prepared.max_steps or (schedule.save_steps and (step + 1) % schedule.save_steps == 0):
                 saver.save(step + 1)
-        if schedule.eval_steps:
-            _evaluate(parts, prepared, prepared.max_steps, output, journal)
+        if held_out is not None:
+            _evaluate(parts, prepared, prepared.max_steps, output, journal, held_out)
     except CheckFailed:  # every rank raises it alike, so all can complete the checkpoint that is on its way
         saver.finish(wait=True)
         raise
     saver.finish(wait=True)
 
 
-def _evaluate(parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None) -> None:
+@dataclass(frozen=True)
+class HeldOut:
+    """The questions that the student is evaluated on, and who scores its answers."""
+
+    questions: list[Question]
+    judge: Judge
+
+
+def _held_out(run: Run, prepared: Prepared) -> HeldOut:
+    """Raises a `RequestError` where answers are programs and this machine cannot confine them."""
+    records = prepared.task.load("test", run.schedule.eval_data_path)[: run.schedule.eval_examples]
+    return HeldOut(ask(prepared.task, records, prepared.tokenizer), Judge(prepared.task, records[0]))
+
+
+def _evaluate(
+    parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None, held_out: HeldOut
+) -> None:
     """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`."""
-    schedule = parts.run.schedule
-    records = prepared.task.load("test", schedule.eval_data_path)[: schedule.eval_examples]
     parts.rollouts.sync.refresh(steps_done)
-    greedy = Sampling(0.0, 1.0, 0, parts.run.rollout.max_completion_length, prepared.eos_ids)
-    score = accuracy(answer(prepared.task, records, prepared.tokenizer, parts.rollouts.engine, greedy))
+    longest = parts.run.rollout.max_completion_length
+    score = accuracy(
+        answer(
+            each_sample(held_out.questions),
+            parts.rollouts.engine,
+            Sampling(0.0, 1.0, 0, longest, prepared.eos_ids),
+            prepared.tokenizer,
+            held_out.judge,
+            parts.learner.grid.world,
+            max_prompt_length=prepared.source.arch.max_position - longest,
+        )
+    )
     if journal is not None:
-        journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(records)}")
+        journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(held_out.questions)}")
         with (output / EVALUATIONS).open("a", encoding="utf-8") as stream_:
-            stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(records)}) + "\n")
+            stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(held_out.questions)}) + "\n")
 
 
 def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> None:

@@ -1,0 +1,102 @@
+"""A cache is complete or it is resumed: wherever it was cut, it ends as the one that nobody disturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unisd_megatron.data import Record
+from unisd_megatron.errors import CheckFailed, ConfigError
+from unisd_megatron.prepare import fingerprint
+from unisd_megatron.prepare.cache import Appending, cache_file, partial_of, read_rows
+from unisd_megatron.weights.tiny import write_tiny
+
+HEADER = {"task": "t", "rows": 5, "seed": 1}
+ROWS = [{"id": n, "text": f"half a pair \ud83d, a line\nbreak, ü {n}"} for n in range(5)]
+
+
+def complete(path: Path, align: int = 2, stop_after: int | None = None) -> int:
+    """Writes what is left in groups of `align`, or only so many groups; says how many rows were there."""
+    with Appending(path, HEADER, align) as cache:
+        found, groups = cache.done, 0
+        while cache.done < len(ROWS) and groups != stop_after:
+            cache.append(ROWS[cache.done : cache.done + align])
+            groups += 1
+    return found
+
+
+def test_cut_at_any_byte_it_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    assert complete(whole) == 0
+    content, found = whole.read_bytes(), []
+    for size in range(len(content)):
+        path = tmp_path / "cut.jsonl"
+        partial_of(path).write_bytes(content[:size])
+        assert read_rows(path, HEADER) is None
+        found.append(complete(path))
+        assert path.read_bytes() == content and not partial_of(path).exists()
+        path.unlink()
+    assert set(found) == {0, 2, 4} and found == sorted(found)  # whole groups are kept, and never a part of one
+    assert read_rows(whole, HEADER) == ROWS
+
+
+def test_it_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    complete(path, stop_after=1)
+    assert not path.exists() and read_rows(path, HEADER) is None
+    with pytest.raises(KeyboardInterrupt), Appending(path, HEADER, 2) as cache:
+        cache.append(ROWS[2:])
+        raise KeyboardInterrupt
+    assert not path.exists() and complete(path) == 5 and read_rows(path, HEADER) == ROWS
+
+
+def test_what_another_request_began_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    with Appending(path, HEADER | {"seed": 2}, 1) as cache:
+        cache.append(ROWS[:3])
+    assert complete(path) == 0 and read_rows(path, HEADER) == ROWS
+
+
+def test_two_processes_do_not_write_one_cache(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    with Appending(path, HEADER, 1), pytest.raises(ConfigError, match=r"some\.jsonl\.partial: another process"):
+        Appending(path, HEADER, 1)
+
+
+def test_a_damaged_cache_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    complete(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole.replace(b'"seed": 1', b'"seed": 3'), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckFailed, match=r"some\.jsonl: damaged"):
+            read_rows(path, HEADER)
+
+
+def test_the_name_follows_from_all_that_shaped_it() -> None:
+    names = {cache_file("c", "negatives", HEADER | change) for change in ({}, {"seed": 2}, {"rows": 6}, {"more": 0})}
+    assert len(names) == 4
+    assert cache_file("c", "negatives", HEADER) == cache_file("c", "negatives", dict(reversed(HEADER.items())))
+
+
+def test_a_fingerprint_sees_weights_tokenizer_and_configuration_wherever_they_lie(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("same", 0), ("b", 1)):
+        write_tiny("qwen2", tmp_path / name, seed)
+    first = fingerprint.of_folder(tmp_path / "a")
+    assert fingerprint.of_folder(tmp_path / "same") == first != fingerprint.of_folder(tmp_path / "b")
+    (tmp_path / "same" / "README.md").write_text("notes")
+    assert fingerprint.of_folder(tmp_path / "same") == first
+    for name, change in (("config.json", " "), ("chat_template.jinja", "{{ messages }}")):
+        path = tmp_path / "same" / name
+        path.write_text((path.read_text() if path.is_file() else "") + change)
+        changed = fingerprint.of_folder(tmp_path / "same")
+        assert changed != first
+        first = changed
+
+
+def test_a_fingerprint_of_records_sees_each_field_and_the_order() -> None:
+    records = [Record(str(n), {"question": f"Q{n}", "n": n}) for n in range(3)]
+    others = [records[::-1], records[:2], [*records[:2], Record("2", {"question": "Q2", "n": 3})]]
+    digests = {fingerprint.of_records(one) for one in [records, *others]}
+    assert len(digests) == 4 and fingerprint.of_records(list(records)) in digests

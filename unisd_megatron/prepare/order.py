@@ -1,0 +1,110 @@
+"""What is to be prepared: a task's records, the model that prepares, and the settings that shape a cache."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from unisd_megatron.config import (
+    EMBEDDING_CACHE,
+    INDUCTION_CACHE,
+    NEGATIVE_CACHE,
+    WRITTEN_CACHE,
+    Caches,
+    Data,
+)
+from unisd_megatron.convert.source import Source, open_source
+from unisd_megatron.data import TASKS, Record, Task
+from unisd_megatron.data.contexts import pool_of
+from unisd_megatron.data.task import Semantics
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.mcore import platform as platforms
+from unisd_megatron.prepare import fingerprint
+from unisd_megatron.prepare.cache import FORMAT
+
+Kind = Literal["negatives", "induction", "embeddings"]
+SETTINGS: dict[Kind, frozenset[str]] = {
+    "negatives": NEGATIVE_CACHE | WRITTEN_CACHE,
+    "induction": INDUCTION_CACHE | WRITTEN_CACHE,
+    "embeddings": EMBEDDING_CACHE,
+}
+"""Settings that shape each kind of cache."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request to prepare, from the command line or as a training run needs it."""
+
+    data: Data
+    semantics: Semantics
+    caches: Caches
+    model_name: str | None = None  # None: embeddings need none
+
+    @cached_property
+    def task(self) -> Task:
+        """Raises `ConfigError` for one that is not known."""
+        if self.data.dataset not in TASKS:
+            raise ConfigError(f"unknown --dataset {self.data.dataset!r}; use one of {', '.join(TASKS)}")
+        return TASKS[self.data.dataset](self.semantics)
+
+    @cached_property
+    def pool(self) -> list[Record]:
+        """All records that may be donors."""
+        return pool_of(self.task, self.task.load("train", self.data.data_path), self.data.num_train_examples)
+
+    @property
+    def records(self) -> list[Record]:
+        """Those that are trained on."""
+        return self.pool[: self.data.num_train_examples]
+
+    @cached_property
+    def source(self) -> Source:
+        """The opened checkpoint; raises as `open_source` does."""
+        assert self.model_name is not None
+        return open_source(self.model_name)
+
+    def written_header(self, kind: Kind, rows: int, prompts: list[str]) -> dict[str, object]:
+        """All that shapes what the model writes in answer to the prompts."""
+        source, settings = self.source, {name: getattr(self.caches, name) for name in sorted(SETTINGS[kind])}
+        folders = [source.path] if source.shards is None else [source.path, source.shards]
+        return {
+            "kind": kind,
+            "format": FORMAT,
+            "task": self.task.name,
+            "semantics": self.semantics,
+            "data": fingerprint.of_records(self.records),
+            "rows": rows,
+            "model": Path(str(self.model_name)).name,
+            "weights": fingerprint.of_folder(*folders),
+            "dtype": str(generation_dtype()).removeprefix("torch."),
+            "prompts": fingerprint.of_texts(prompts),
+            **settings,
+        }
+
+    def command(self, kind: Kind) -> str:
+        """The command line that prepares this."""
+        words = ["unisd", "prepare", kind, "--dataset", self.data.dataset or ""]
+        model = None if kind == "embeddings" else self.model_name
+        stated = {"data_path": self.data.data_path, "num_train_examples": self.data.num_train_examples, "model_name": model}
+        stated |= {"semantics": self.semantics if self.semantics != "corrected" else None}
+        for item in fields(Caches):
+            if item.name in SETTINGS[kind] | {"cache_dir"}:
+                value = getattr(self.caches, item.name)
+                stated[item.name] = value if value != item.default else None
+        words += [word for name, value in stated.items() if value is not None for word in (f"--{name}", str(value))]
+        return shlex.join(words)
+
+
+def missing(order: Order, kind: Kind, path: Path) -> ConfigError:
+    """The error of a run that needs a cache which is not there."""
+    return ConfigError(f"{path}: not prepared yet; run `{order.command(kind)}` first")
+
+
+def generation_dtype() -> torch.dtype:
+    """The dtype in which caches are written: bf16 on a GPU, fp32 without."""
+    return torch.float32 if platforms.choose().device.type == "cpu" else torch.bfloat16
