@@ -23,11 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"families"},
     "rollout": {"families", "weights"},
     "convert": {"data", "families", "mcore", "weights"},
-    "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate"},
-    "evaluate": {"data", "mcore", "weights", "rollout", "convert"},
+    "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate", "prepare"},
+    "prepare": {"data", "mcore", "weights", "rollout", "convert", "evaluate"},
+    "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
-    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "train", "weights"},
+    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "prepare", "train", "weights"},
     "__main__": {"cli"},
 }
 # The door of each heavy dependency.
@@ -36,8 +37,10 @@ ONLY_IN = {
     "transformer_engine": ("mcore/",),
     "vllm": ("rollout/",),
     "httpx": ("rollout/server.py",),
-    "argparse": ("cli/", "evaluate/model.py", "rollout/serve.py"),
-    "datasets": ("data/task.py",),
+    "argparse": ("cli/", "rollout/serve.py"),
+    "datasets": ("data/sources.py",),
+    "sentence_transformers": ("prepare/embeddings.py",),
+    "xgrammar": ("rollout/structured.py",),
     "transformers": ("rollout/transformers.py", "convert/", "weights/tiny.py", "weights/internlm3.py"),
 }
 FLOORS_WITHOUT_MEGATRON = [

@@ -33,7 +33,6 @@ TRAIN: dict[str, str | None] = {
     "--max_steps": "1",
 }
 AGREEMENT = {"--mode": "agreement_tok_random", "--num-auxiliary-contexts": "2"}
-MBPP = {"--dataset": "mbpp", "--data_path": "rows.jsonl", "--eval_data_path": "rows.jsonl"}
 SERVERS = {"--use_vllm": "", "--vllm_mode": "server", "--vllm_server_urls": "http://127.0.0.1:9"}
 MBPP_ROW = {"task_id": 11, "text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
 
@@ -114,8 +113,42 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "odd global batch": ({"--micro-batch-size": "3"}, ["--global-batch-size 16", "--micro-batch-size 3"]),
     "no ranks": ({"--tp": "0"}, ["tensor_model_parallel_size is 0", "at least 1"]),
     "agreement without contexts": ({"--mode": "agreement_tok_random"}, ["--num-auxiliary-contexts", "--fewshot_method random"]),
-    "retrieval": (AGREEMENT | {"--mode": "agreement_seq_retrieval"}, ["retrieval", "cache", "`_random`"]),
-    "induction": (AGREEMENT | {"--mode": "agreement_tok_induction"}, ["induction", "cache", "`_random`"]),
+    "no embeddings": (
+        AGREEMENT | {"--mode": "agreement_seq_retrieval", "--retrieval_model": "./model"},
+        [
+            "cache/embeddings/addition-",
+            "run `unisd prepare embeddings --dataset addition --num_train_examples 16 --retrieval_model",
+        ],
+    ),
+    "no instructions": (
+        AGREEMENT | {"--mode": "agreement_tok_induction", "--num_demos": "3"},
+        [
+            "cache/induction",
+            "run `unisd prepare induction --dataset addition --num_train_examples 16 --model_name model --num_demos 3`",
+        ],
+    ),
+    "no model of retrieval": (
+        AGREEMENT | {"--mode": "agreement_seq_retrieval", "--retrieval_model": "./absent"},
+        ["--retrieval_model ./absent", "no such folder"],
+    ),
+    "no wrong solutions": ({"--mode": "contrastive", "--negatives": "generated"}, ["addition has no kinds of wrong solutions"]),
+    "idle instructions": (AGREEMENT | {"--num_demos": "3"}, ["--num_demos", "--fewshot_method induction"]),
+    "idle retrieval": (AGREEMENT | {"--retrieval_model": "model"}, ["--retrieval_model", "--fewshot_method retrieval"]),
+    "idle demonstrations": (
+        AGREEMENT | {"--mode": "agreement_tok_induction", "--demo_k": "2"},
+        ["--demo_k", "--fewshot_method random or retrieval"],
+    ),
+    "idle gold": ({"--auxiliary_gold": ""}, ["--auxiliary_gold", "--num-auxiliary-contexts"]),
+    "idle negatives": ({"--negatives": "generated"}, ["--negatives does nothing", "--contrastive_weight"]),
+    "idle cache": (AGREEMENT | {"--cache_dir": "elsewhere"}, ["--cache_dir", "--negatives generated"]),
+    "negatives by a rule": (
+        {"--mode": "contrastive", "--negatives_per_example": "2"},
+        ["--negatives_per_example does nothing with --negatives corrupted", "addition"],
+    ),
+    "no wrong solution each": (
+        {"--mode": "contrastive", "--negatives": "generated", "--negatives_per_example": "0"},
+        ["--negatives_per_example is 0", "at least 1"],
+    ),
     "contexts against the mode": (AGREEMENT | {"--fewshot_method": "retrieval"}, ["random contexts", "method retrieval"]),
     "idle margin": ({"--contrastive_margin": "0.5"}, ["--contrastive_margin", "vanilla", "--contrastive_weight"]),
     "idle gamma": ({"--mode": "ema", "--gamma_agreement": "1"}, ["--gamma_agreement", "ema", "agreement modes"]),
@@ -152,7 +185,6 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no checkpoint": ({"--resume_from_checkpoint": "absent"}, ["absent", "not a complete checkpoint"]),
     "no latest": ({"--resume_from_checkpoint": "latest"}, ["run: no complete checkpoint to resume from"]),
     "evaluation of a missing file": ({"--eval_steps": "1", "--eval_data_path": "absent.jsonl"}, ["absent.jsonl", "no such"]),
-    "evaluation that cannot be scored": (MBPP | {"--eval_steps": "1"}, ["scoring mbpp", "sandbox"]),
     "heads": ({"WORLD_SIZE": "16", "--tp": "16"}, ["tensor-parallel 16", "8 attention heads", "use 1, 2, 4, 8"]),
     "key/value heads": ({"WORLD_SIZE": "8", "--tp": "8"}, ["tensor-parallel 8", "4 key/value heads", "use 1, 2, 4"]),
     "layers": (
@@ -178,7 +210,6 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 def test_a_wrong_flag_or_layout_of_train_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     changes, words = FLAGS[name]
     monkeypatch.setenv("WORLD_SIZE", changes.get("WORLD_SIZE") or "1")
-    desk.write("rows.jsonl", "".join(json.dumps(MBPP_ROW | {"task_id": number}) + "\n" for number in (11, 601)))
     desk.refused(command(changes), *words)
 
 
@@ -296,11 +327,33 @@ def test_a_half_written_checkpoint_is_refused(desk: Desk) -> None:
     desk.refused(command({"--resume_from_checkpoint": "latest"}), "run: no complete checkpoint")
 
 
-SCORE_MBPP = "evaluate --dataset mbpp --data_path rows.jsonl --output_dir new"
+GOLD = "evaluate --dataset mbpp --data_path rows.jsonl --output_dir new --references"
+SCORE = GOLD.replace("--references", "--model_name model")
+PREPARE = "prepare {} --dataset addition --num_train_examples 4 --cache_dir new"
 OTHERS: dict[str, tuple[str, list[str]]] = {
     "no subcommand": ("", ["COMMAND"]),
     "unknown subcommand": ("trian", ["'trian'", "train", "convert"]),
     "unknown family": ("tiny --family gpt2 --output_dir new", ["'gpt2'", "qwen2", "llama"]),
+    "prepare nothing": ("prepare", ["negatives|induction|embeddings"]),
+    "prepare without a model": (PREPARE.format("negatives"), ["--model"]),
+    "prepare without kinds": (
+        f"{PREPARE.format('negatives')} --model_name model",
+        ["addition has no kinds of wrong solutions"],
+    ),
+    "prepare for an unknown set": ("prepare embeddings --dataset sums", ["--dataset 'sums'", "addition"]),
+    "prepare for evaluation": ("prepare embeddings --dataset gpqa", ["gpqa", "for evaluation only"]),
+    "prepare of no example": ("prepare embeddings --dataset addition --num_train_examples 0", ["--num_train_examples is 0"]),
+    "prepare in no batch": (f"{PREPARE.format('induction')} --model_name model --batch_size 0", ["--batch_size is 0"]),
+    "prepare too cold": (
+        f"{PREPARE.format('induction')} --model_name model --cache_temperature 0",
+        ["--cache_temperature is 0"],
+    ),
+    "too few for a group": (
+        "prepare induction --dataset mbpp --data_path train.jsonl --cache_dir new --model_name model",
+        ["--num_demos 5", "1 record"],
+    ),
+    "no room for instructions": (f"{PREPARE.format('induction')} --model_name model", ["addition", "no instruction"]),
+    "prepare with no embedder": (f"{PREPARE.format('embeddings')} --retrieval_model ./absent", ["--retrieval_model ./absent"]),
     "tiny into a folder": ("tiny --family qwen2 --output_dir model", ["model: exists already"]),
     "export of a Hugging Face folder": ("convert export --model_name model --output_dir new", ["Hugging Face folder already"]),
     "import to a folder": ("convert import --model_name model --output_dir model", ["model: exists already"]),
@@ -317,8 +370,19 @@ OTHERS: dict[str, tuple[str, list[str]]] = {
     "evaluate of no example": ("evaluate --dataset addition --references --max_examples 0", ["--max_examples"]),
     "evaluate into a folder": ("evaluate --dataset addition --references --output_dir model", ["model: exists already"]),
     "evaluate of a missing model": ("evaluate --dataset addition --model_name ./absent --output_dir new", ["./absent"]),
-    "scoring mbpp references": (f"{SCORE_MBPP} --references", ["scoring mbpp", "sandbox"]),
-    "scoring mbpp answers": (f"{SCORE_MBPP} --model_name model --max_completion_length 2", ["scoring mbpp", "sandbox"]),
+    "an idle flag of references": (f"{GOLD} --fit", ["--fit does nothing with --references"]),
+    "no workers": (f"{GOLD} --workers 0", ["--workers is 0", "at least 1"]),
+    "a split that is not there": (f"{GOLD} --split train", ["rows.jsonl", "no train record", "mbpp"]),
+    "greedy samples": (f"{SCORE} --samples 4", ["--samples 4", "all the same", "--temperature"]),
+    "greedy top_p": (f"{SCORE} --top_p 0.9", ["--top_p does nothing", "--temperature"]),
+    "a negative temperature": (f"{SCORE} --temperature -1", ["--temperature is -1.0"]),
+    "options of a task without": (f"{SCORE} --method logprobs", ["--method logprobs", "mbpp has none"]),
+    "options sampled": (f"{SCORE} --method logprobs --temperature 1", ["generates nothing; drop --temperature"]),
+    "retention without base": (f"{SCORE} --retention", ["--retention", "--base_model_name"]),
+    "idle base": (f"{SCORE} --base_model_name model", ["--base_model_name does nothing without --retention"]),
+    "idle vllm of evaluate": (f"{SCORE} --vllm_kv_cache_gib 2", ["--vllm_kv_cache_gib does nothing", "--engine vllm"]),
+    "no room for prompts": (f"{SCORE} --max_prompt_length 4096", ["--max_prompt_length 4096", "4096 positions of model"]),
+    "compare with nothing": (f"{SCORE} --compare model", ["model: no finished evaluation"]),
 }
 
 
@@ -326,6 +390,7 @@ OTHERS: dict[str, tuple[str, list[str]]] = {
 def test_the_other_subcommands_refuse(desk: Desk, name: str) -> None:
     arguments, words = OTHERS[name]
     desk.write("rows.jsonl", json.dumps(MBPP_ROW))
+    desk.write("train.jsonl", json.dumps(MBPP_ROW | {"task_id": 601}))
     desk.refused(arguments.split(), *words)
 
 
@@ -379,7 +444,19 @@ def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> 
 HELP = """import sys, unisd_megatron.cli as c
 try: c.main(sys.argv[1:])
 except SystemExit as end: sys.exit(end.code or 10 * ('torch' in sys.modules))"""
-COMMANDS = ["", "train", "tiny", "convert", "convert import", "convert export", "verify", "parity", "parity golden", "evaluate"]
+COMMANDS = [
+    "",
+    "train",
+    "tiny",
+    "convert",
+    "convert import",
+    "convert export",
+    "verify",
+    "parity",
+    "parity golden",
+    "evaluate",
+    "prepare negatives",
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ def say(text: str) -> None:
 def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
     run = resolve(*stated)
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
-    _prepare_libraries()
+    prepare_libraries()
     from unisd_megatron.train.loop import train as carry_out
 
     carry_out(run)
@@ -44,7 +43,7 @@ def _end_by_exception() -> None:
 
 
 def tiny(request: argparse.Namespace) -> int:
-    _prepare_libraries()
+    prepare_libraries()
     _end_by_exception()
     from unisd_megatron.weights.tiny import write_tiny
 
@@ -54,7 +53,7 @@ def tiny(request: argparse.Namespace) -> int:
 
 
 def convert_import(request: argparse.Namespace) -> int:
-    _prepare_libraries()
+    prepare_libraries()
     _end_by_exception()
     from unisd_megatron.convert.checkpoints import import_folder
 
@@ -76,7 +75,7 @@ def convert_import(request: argparse.Namespace) -> int:
 
 def convert_export(request: argparse.Namespace) -> int:
     shard_bytes = _size(request.max_shard_size)
-    _prepare_libraries()
+    prepare_libraries()
     _end_by_exception()
     from unisd_megatron.convert.checkpoints import export_folder
 
@@ -100,7 +99,7 @@ def _size(text: str) -> int:
 def verify(request: argparse.Namespace) -> int:
     if not request.tolerance >= 0:
         raise ConfigError(f"--tolerance is {request.tolerance}; it must not be negative")
-    _prepare_libraries()
+    prepare_libraries()
     from unisd_megatron.convert.verify import Reading, Verification
 
     holds = True
@@ -140,7 +139,7 @@ def parity_layout(request: argparse.Namespace) -> int:
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
-    _prepare_libraries()
+    prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
     from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
@@ -182,7 +181,7 @@ def parity_golden(request: argparse.Namespace) -> int:
 def parity_restart(request: argparse.Namespace) -> int:
     import tempfile
 
-    _prepare_libraries()
+    prepare_libraries()
     from unisd_megatron.parity.restart import Plan, prove
     from unisd_megatron.weights.hf import require_new_folder
 
@@ -208,7 +207,7 @@ def bench(request: argparse.Namespace) -> int:
 
 
 def _bench_rollout(request: argparse.Namespace) -> int:
-    _prepare_libraries()
+    prepare_libraries()
     from unisd_megatron.bench import rollout
 
     sizes = rollout.Sizes(request.width, request.layers, request.vocabulary, request.sequences, request.new_tokens)
@@ -263,46 +262,7 @@ def _bench_loss(request: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(request: argparse.Namespace) -> int:
-    from unisd_megatron.data import TASKS
-
-    if request.dataset not in TASKS:
-        raise ConfigError(f"unknown --dataset {request.dataset!r}; use one of {', '.join(TASKS)}")
-    if request.references == (request.model_name is not None):
-        raise ConfigError("give either --references or --model_name")
-    if request.max_examples is not None and request.max_examples < 1:
-        raise ConfigError(f"--max_examples is {request.max_examples}; it must be at least 1")
-    task = TASKS[request.dataset]()
-    records = task.load("test", request.data_path)[: request.max_examples]
-    output = Path(request.output_dir) if request.output_dir else None
-    if output is not None:
-        from unisd_megatron.weights.hf import require_new_folder
-
-        require_new_folder(output)
-    if request.references:
-        answers = [
-            {"id": r.id, "completion": task.reference(r), "correct": task.is_correct(r, task.reference(r))} for r in records
-        ]
-    else:
-        task.is_correct(records[0], "")  # a task that cannot be scored says so before anything is generated
-        _prepare_libraries()
-        from unisd_megatron.evaluate.model import answers_of
-
-        answers = answers_of(request, task, records)
-    correct = sum(bool(one["correct"]) for one in answers)
-    accuracy = correct / len(answers)
-    result = {"dataset": task.name, "examples": len(answers), "correct": correct, "accuracy": accuracy}
-    if output is not None and leads():
-        from unisd_megatron.weights.hf import new_folder
-
-        with new_folder(output) as partial:
-            (partial / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers), encoding="utf-8")
-            (partial / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"{task.name}: {100 * accuracy:.1f} % ({correct} of {len(answers)})")
-    return 0
-
-
-def _prepare_libraries() -> None:
+def prepare_libraries() -> None:
     """Checks megatron-core before it is imported, and keeps libraries' start-up notices off the screen."""
     import logging
     import warnings

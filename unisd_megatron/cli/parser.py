@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from unisd_megatron.cli import commands
+from unisd_megatron.cli.evaluating import add_evaluate
+from unisd_megatron.cli.flags import Parser, command, flag
+from unisd_megatron.cli.preparing import add_prepare
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line and a `ConfigError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The request: `.command` is the function to call with it."""
-    parser = _Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
     _add_train(subparsers)
     _add_tiny(subparsers)
     _add_convert(subparsers)
     _add_verify(subparsers)
     _add_parity(subparsers)
-    _add_evaluate(subparsers)
+    add_evaluate(subparsers)
+    add_prepare(subparsers)
     _add_bench(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
@@ -50,20 +47,8 @@ def _underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def flag(parser: Any, name: str, *more: str, **options: Any) -> None:
-    """Adds `--a_b` and `--a-b`."""
-    underscored, dashed = f"--{name}", f"--{name.replace('_', '-')}"
-    parser.add_argument(*dict.fromkeys([dashed, underscored, *more]), dest=name, **options)
-
-
-def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(command=run)
-    return parser
-
-
 def _add_train(subparsers: Any) -> None:
-    parser = _command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
@@ -141,7 +126,7 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tiny(subparsers: Any) -> None:
-    parser = _command(subparsers, "tiny", commands.tiny, "Writes a tiny random Hugging Face checkpoint with a tokenizer.")
+    parser = command(subparsers, "tiny", commands.tiny, "Writes a tiny random Hugging Face checkpoint with a tokenizer.")
     flag(parser, "family", required=True, help="model family; a wrong name lists them")
     flag(parser, "output_dir", required=True, help="new folder")
     flag(parser, "seed", type=int, default=0, metavar="N", help="seed of the weights (0)")
@@ -149,9 +134,9 @@ def _add_tiny(subparsers: Any) -> None:
 
 def _add_convert(subparsers: Any) -> None:
     parser = subparsers.add_parser("convert", help="Hugging Face -> Megatron distributed checkpoint, and back.")
-    ways = parser.add_subparsers(dest="way", required=True, metavar="import|export", parser_class=_Parser)
-    into = _command(ways, "import", commands.convert_import, "Hugging Face folder -> Megatron distributed checkpoint.")
-    out = _command(ways, "export", commands.convert_export, "Megatron distributed checkpoint -> Hugging Face folder.")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="import|export", parser_class=Parser)
+    into = command(ways, "import", commands.convert_import, "Hugging Face folder -> Megatron distributed checkpoint.")
+    out = command(ways, "export", commands.convert_export, "Megatron distributed checkpoint -> Hugging Face folder.")
     for one in (into, out):
         flag(one, "model_name", required=True, help="checkpoint to read")
         flag(one, "output_dir", required=True, help="new folder")
@@ -171,7 +156,7 @@ def _add_allow_pickle(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(subparsers: Any) -> None:
-    parser = _command(
+    parser = command(
         subparsers, "verify", commands.verify, "Compares a Hugging Face checkpoint with another: tensors and logits."
     )
     flag(parser, "model_name", required=True, help="Hugging Face folder")
@@ -186,8 +171,8 @@ def _add_parity(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `parity restart`."
     )
-    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart", parser_class=_Parser)
-    layout = _command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
+    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart", parser_class=Parser)
+    layout = command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
     flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
@@ -204,9 +189,9 @@ def _add_parity(subparsers: Any) -> None:
         choices=["fused", "fused_torch", "materialized"],
         help="how the loss reads the vocabulary (fused)",
     )
-    golden = _command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
+    golden = command(ways, "golden", commands.parity_golden, "Reproduces a golden-vector file of the released loss.")
     golden.add_argument("file", metavar="FILE", help="golden vectors, JSON")
-    restart = _command(ways, "restart", commands.parity_restart, "A run killed at random points against the same run unbroken.")
+    restart = command(ways, "restart", commands.parity_restart, "A run killed at random points against the same run unbroken.")
     flag(restart, "kills", type=int, default=5, metavar="K", help="SIGKILLs, each followed by a resumption (5)")
     flag(restart, "steps", type=int, default=8, metavar="N", help="optimizer steps of the run (8)")
     flag(restart, "seed", type=int, default=0, metavar="N", help="seed of the run and of the points (0)")
@@ -216,7 +201,7 @@ def _add_parity(subparsers: Any) -> None:
 
 
 def _add_bench(subparsers: Any) -> None:
-    parser = _command(
+    parser = command(
         subparsers, "bench", commands.bench, "What the loss, the passes of a step and rollout engines cost, measured."
     )
     parser.add_argument(
@@ -242,16 +227,3 @@ def _add_bench(subparsers: Any) -> None:
     flag(parser, "vocabulary", type=int, default=16000, metavar="V", help="rollout: the model's vocabulary (16000)")
     flag(parser, "sequences", type=int, default=64, metavar="N", help="rollout: sequences of a batch (64)")
     flag(parser, "new_tokens", type=int, default=64, metavar="T", help="rollout: tokens of each, after some 100 (64)")
-
-
-def _add_evaluate(subparsers: Any) -> None:
-    parser = _command(subparsers, "evaluate", commands.evaluate, "Scores a checkpoint, or the reference solutions, on a task.")
-    flag(parser, "dataset", required=True, help="addition or gsm8k")
-    flag(parser, "data_path", help="JSON or JSONL file (or .gz) instead of the hub")
-    flag(parser, "model_name", help="Hugging Face or Megatron checkpoint folder")
-    flag(parser, "output_dir", help="new folder for answers.jsonl and result.json")
-    flag(parser, "references", action="store_true", help="score the reference solutions themselves")
-    flag(parser, "max_examples", type=int, metavar="N", help="only the first n questions")
-    flag(parser, "max_completion_length", type=int, default=512, metavar="N", help="tokens (512)")
-    flag(parser, "temperature", type=float, default=0.0, metavar="X", help="0: greedy (0)")
-    flag(parser, "seed", type=int, default=0, metavar="N", help="seed of sampling (0)")
