@@ -45,6 +45,8 @@ def test_the_question_is_the_stub_and_the_reference_its_completion() -> None:
         ),
         ("    return half(x)\n", 'halved.\n    """\n    return half(x)\n'),
         ("```python\nreturn half(x)\n```", 'halved.\n    """\n    return half(x)\n'),
+        ("```python\n    y = half(x)\n    if y:\n        return y\n```", '"""\n    y = half(x)\n    if y:\n        return y\n'),
+        ("It is half of x.</think>\n    return half(x)\n", '"""\n\n    return half(x)\n'),
         ("\n    y = half(x)\n\n    return y", 'halved.\n    """\n\n    y = half(x)\n\n    return y'),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unisd_megatron.data.task import Program, Record
+from unisd_megatron.data.task import Program, Record, Verdict
 from unisd_megatron.data.tasks.mbpp import BUG_KINDS, Mbpp, MbppSanitized
 from unisd_megatron.errors import DataError
 
@@ -243,6 +243,35 @@ ANSWERS = {
     "JSON": ('{"code": "def f(x):\\n    return x\\n"}', F),
     "JSON with a block in it": ('{"code": "```python\\ndef f(x):\\n    return x\\n```"}', F),
     "thoughts with a block": (f"<think>```python\ndef f(x): return 0\n```</think>```python\n{F}```", F),
+    "a thought that the chat template opened": (f"Try:\n```python\ndef f(x): return 0\n```\n</think>\n```python\n{F}```", F),
+    "a thought without end": (f"<think>\n```python\n{F}```", ""),
+    "a fence behind the last line": ("```python\ndef f(x):\n    return x```\nDone.", F),
+    "backticks in a docstring": (
+        '```python\ndef f(x):\n    """See ```f```"""\n    return x\n```',
+        'def f(x):\n    """See ```f```"""\n    return x\n',
+    ),
+    "a block inside a list item": ("1. So:\n\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done.", F),
+    "a block that begins a list item": ("- ```python\n  def f(x):\n      return x\n  ```", F),
+    "tildes": (f"~~~python\n{F}~~~\nDone.", F),
+    "four backticks": (f"````python\n{F}````", F),
+    "JSON in a block": ('```json\n{"code": "def f(x):\\n    return x\\n"}\n```', F),
+    "sentences around": (f"Here is `f(x)`:\n\n{F}\n**It returns x, as asked.**\nIs it right? Yes!", F.rstrip("\n")),
+    "a docstring of sentences": ('"""\nReturns x.\n"""\ndef f(x): return x', '"""\nReturns x.\n"""\ndef f(x): return x'),
+    "no program at all": ("I cannot do this.", ""),
+    "helpers in blocks before": (
+        "```python\nimport math as m\n```\n```python\ndef g(x):\n    return m.floor(x)\n```\n"
+        "```python\ndef f(x):\n    return g(x)\n```",
+        "import math as m\n\n\ndef g(x):\n    return m.floor(x)\n\n\ndef f(x):\n    return g(x)\n",
+    ),
+    "a helper that is given again": (
+        "```python\ndef g(x): return 0\n```\n```python\ndef g(x): return x\ndef f(x): return g(x)\n```",
+        "def g(x): return x\ndef f(x): return g(x)\n",
+    ),
+    "a block before that nobody uses": (f"```python\ndef g(x:\n```\n```python\n{F}```", F),
+    "a block before that does something": (
+        "```python\ndef g(x): return x\nprint(g(input()))\n```\n```python\ndef f(x): return g(x)\n```",
+        "def f(x): return g(x)\n",
+    ),
     "an assigned name": ("```python\nhelp = 1\n```\n```python\nf = lambda x: x\n```", "f = lambda x: x\n"),
 }
 
@@ -251,7 +280,10 @@ ANSWERS = {
 def test_the_code_of_an_answer_is_found(name: str) -> None:
     completion, code = ANSWERS[name]
     judged = TASK.judge(parsed(code=F, test_list=["assert f(1) == 1"]), completion)
-    assert isinstance(judged, Program) and judged.code == code and judged.tests == "assert f(1) == 1"
+    if code:
+        assert isinstance(judged, Program) and judged.code == code and judged.tests == "assert f(1) == 1"
+    else:
+        assert judged == Verdict(False, "no answer")
 
 
 def test_the_program_is_tested_with_what_the_tests_need() -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
+import textwrap
 import warnings
+from collections.abc import Iterator
+from itertools import takewhile
 
-# A block that the end of the answer cuts short counts too: what is missing may be only the fence.
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+from unisd_megatron.data.thoughts import without_thoughts
+
+_OPENING = re.compile(r"[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+-]*)[^`\n]*\n?")
 _PYTHON = ("python", "py", "python3")
+# No line of Python outside of a string begins with a capital, has no `=`, and ends like a sentence.
+_PROSE = re.compile(r"[*_]{0,3}[A-Z][^=]*[.:!?][*_]{0,3}\s*")
+_DEFINITION = re.compile(r"(?:async[ ]+)?def\b|class\b|import\b|from\b|[@#)\]}]")
+_DEFINED = re.compile(r"^(?:(?:async[ ]+)?def|class)[ ]+(\w+)", re.MULTILINE)
+_IMPORTED = re.compile(r"^(?:from[ ]+\S+[ ]+)?import\b[ ]*(\([^)]*\)|[^\n#]*)", re.MULTILINE)
 _RELEASED_PYTHON = re.compile(r"```python\s*\n(.*?)```", re.DOTALL)
 _RELEASED_BLOCK = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 
@@ -32,18 +41,84 @@ def defines(code: str, name: str) -> bool:
 def extract_code(completion: str, name: str | None = None) -> str:
     """The program in an answer: of its code blocks the first that defines `name`, else the first in Python, else the first.
 
-    An answer that is a JSON object holds it at "code"; one without any block is all code. Blanks where there is nothing.
+    Before a block that defines `name` stand the earlier ones whose definitions or imports it uses. A JSON object, as the
+    answer or as a block, holds the code at "code"; an answer without any block is all code, but for sentences around it.
+    Blanks where there is nothing.
     """
-    text = _THOUGHT.sub("", completion)
+    text = without_thoughts(completion)
     inner = _json_code(text)
     if inner is not None:
         return extract_code(inner, name) if "```" in inner else inner
-    blocks = list(_BLOCK.finditer(text))
+    blocks = list(_blocks(text))
     if not blocks:
+        return _without_sentences(text)
+    right = [place for place, (_, code) in enumerate(blocks) if name is not None and defines(code, name)]
+    if right:
+        return _with_helpers(blocks[right[0]][1], [code for language, code in blocks[: right[0]] if language in _PYTHON])
+    python = [code for language, code in blocks if language in _PYTHON]
+    return [*python, *(code for _, code in blocks)][0]
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """`(language, code)` of every code block. One that the end of the answer cuts short counts: only its fence may be missing.
+
+    The closing fence begins a line, or ends the last line of the code.
+    """
+    opening, lines = None, list[str]()
+    for line in io.StringIO(text):
+        if opening is None:
+            opening = _OPENING.fullmatch(line)
+            continue
+        fence = opening["fence"]
+        before, closing, after = line.partition(fence)
+        if closing and not (before.strip() and after.strip()):
+            lines.append(f"{before.rstrip()}\n" if before.strip() else "")
+            yield _block(opening["language"].lower(), "".join(lines))
+            opening, lines = None, []
+        else:
+            lines.append(line)
+    if opening is not None:
+        yield _block(opening["language"].lower(), "".join(lines))
+
+
+def _block(language: str, code: str) -> tuple[str, str]:
+    """The block with its code at the left margin, where a list item had moved all of it; a JSON object is what it holds."""
+    inner = _json_code(code)
+    if inner is not None:
+        return _PYTHON[0], extract_code(inner) if "```" in inner else inner
+    return language, textwrap.dedent(code) if code.lstrip("\n")[:1] in (" ", "\t") else code
+
+
+def _with_helpers(code: str, earlier: list[str]) -> str:
+    """The code behind those earlier blocks that define or import what it uses, and do nothing else."""
+    for block in reversed(earlier):
+        if re.search(r"^from __future__ ", code, re.MULTILINE):  # which may stand behind nothing else
+            break
+        used = set(re.findall(r"\w+", code)) - _names(code)
+        top = (line for line in block.split("\n") if line.strip() and not line[0].isspace())
+        if _names(block) & used and all(map(_DEFINITION.match, top)):
+            code = f"{block.rstrip()}\n\n\n{code}"
+    return code
+
+
+def _names(code: str) -> set[str]:
+    """The names that definitions and imports at its top level give."""
+    imported = [re.findall(r"[\w.]+", part) for found in _IMPORTED.findall(code) for part in found.split(",")]
+    return {*_DEFINED.findall(code), *(words[-1].partition(".")[0] for words in imported if words)}
+
+
+def _without_sentences(text: str) -> str:
+    """The text without the sentences before and behind it, which no program can begin or end with."""
+    lines = text.split("\n")
+    before = list(takewhile(_is_no_code, lines))
+    behind = list(takewhile(_is_no_code, reversed(lines[len(before) :])))
+    if not any(line.strip() for line in [*before, *behind]):
         return text
-    right = [block for block in blocks if name is not None and defines(block["code"], name)]
-    python = [block for block in blocks if block["language"].lower() in _PYTHON]
-    return [*right, *python, *blocks][0]["code"]
+    return "\n".join(lines[len(before) : len(lines) - len(behind)])
+
+
+def _is_no_code(line: str) -> bool:
+    return not line.strip() or _PROSE.fullmatch(line) is not None
 
 
 def released_code(completion: str) -> str:
