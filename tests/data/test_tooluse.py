@@ -90,6 +90,24 @@ SEARCH = [("search", {"a": 1})]
         ('{"tool_calls": [{"Action": "search", "Action_Input": {"a": 1}}]}', SEARCH),
         ('```json\n{"tool_calls": [{"Thought": "so", "Action": "search", "Action_Input": "{\\"a\\": 1}"}]}\n```', SEARCH),
         ('{"Action": "search", "Action_Input": {"a": 1}}', SEARCH),
+        ('So: search.</think>\nAction: search\nAction Input: {"a": 1}', SEARCH),
+        ('{"Action": "search", "Action Input": {"a": 1}}', SEARCH),
+        ('{"Action": "search", "Action_Input": {"a": 1}}\nThis finds it.', SEARCH),
+        ('{"Action": "search", "Action_Input": {"a": 1}}\n{"Action": "book", "Action_Input": {}}', [*SEARCH, ("book", {})]),
+        ('{"Action": "search", "Action Input": {"a": 1}}, {"Action": "book", "Action Input": {}}', [*SEARCH, ("book", {})]),
+        (
+            '```json\n{"Action": "search", "Action_Input": {"a": 1}}\n```\n```\n[{"Action": "book", "Action_Input": ""}]\n```',
+            [*SEARCH, ("book", {})],
+        ),
+        # One JSON call that counts would hide what the rest does.
+        ('{"Action": "search", "Action_Input": {"a": 1}}\nThen:\n{"Action": "book", "Action_Input": {}}', []),
+        ('{"Action": "search", "Action_Input": {"a": 1}}\n{"Action": "book", "Action_Input": {}', []),
+        ('{"Action": "search", "Action_Input": {"a": 1}}\nAction: book\nAction Input: {}', []),
+        ("{\"Action\": \"search\", \"Action_Input\": {}}\n{'Action': 'book', 'Action_Input': {}}", []),
+        ('{"Action": "search", "Action_Input": {"a": 1}}\n{"tool": "book"}', []),
+        ('{"Action": "search", "arguments": {"a": 1}}', []),
+        ('{"Action": "search", "Action_Input": {"a": 1}, "Action Input": {"a": 2}}', []),
+        ('{"tool_calls": [{"Action": "search", "Action_Input": {"a": 1}}, {"Action_Input": {}}]}', []),
         ("Action: search\nAction Input: {}", [("search", {})]),
         ("Action: search\nAction Input:", [("search", {})]),
         ('{"tool_calls": [{"Action": "search", "Action_Input": null}]}', [("search", {})]),
@@ -161,6 +179,14 @@ def test_calls_are_worth_what_a_hand_says(
         verdict = TASK.judge(record(*gold), completion)
         assert verdict.metrics == {"action": action, "arguments": arguments, "full": float(failure is None)}
         assert (verdict.correct, verdict.failure) == (failure is None, failure)
+
+
+def test_a_second_call_on_a_line_of_its_own_counts() -> None:
+    lines = [json.dumps({"Action": tool, "Action_Input": {}}) for tool in ("getX", "deleteAll")]
+    found = [
+        TASK.judge(record(*gold), "\n".join(lines)).failure for gold in ([("getX", {})], [("getX", {}), ("deleteAll", {})])
+    ]
+    assert found == ["extra call", None]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from unisd_megatron.data.task import Verdict
+from unisd_megatron.data.thoughts import without_thoughts
 
 CALL = re.compile(
     r"^[ \t*_#>-]*(?:ASSISTANT )?Action(?:[ \t]*\d+)?[*_ \t]*:[*_ \t]*(?P<name>[^\n]*)\n\s*"
     r"[*_#>-]*(?:ASSISTANT )?Action[ _]?(?:\d+[ _]?)?Input(?:[ \t]*\d+)?[*_ \t]*:[*_ \t]*",
     re.MULTILINE | re.IGNORECASE | re.ASCII,
 )
+_BEFORE_JSON = re.compile(r"(?:[\s,;]|```(?:json)?)*(?=[{\[])", re.IGNORECASE)
+_ACTION_KEY = re.compile(r"\bAction[\"'*_` ]*:")
+_INPUT_KEYS = ("Action_Input", "Action Input")  # as asked for, and as the ReAct form spells it
 _FENCE = re.compile(r"\A\s*(?:```(?:json)?\s*)?", re.IGNORECASE)
 _RELEASED_CALL = re.compile(
     r"Action\s*\d*\s*:\s*(.*?)\nAction\s*\d*\s*Input\s*\d*\s*:\s*(.*?)(?=\nThought|\nAction\s*\d*\s*:|$)", re.DOTALL
@@ -36,17 +40,45 @@ class Call(NamedTuple):
 
 def read_calls(completion: str) -> list[Call]:
     """The calls that a completion makes, in order: from JSON if it begins with JSON calls, else from its `Action` lines."""
-    text = completion.rpartition("</think>")[2].strip()
-    found = _decoded(text)
-    listed = found.get("tool_calls", [found]) if isinstance(found, Mapping) else found
-    if isinstance(listed, list) and listed and all(isinstance(call, Mapping) and "Action" in call for call in listed):
-        return [Call(_tool(str(call["Action"])), arguments_of(call.get("Action_Input"))) for call in listed]
+    text = without_thoughts(completion).strip()
+    values, rest = _json_values(text)
+    if values and any(isinstance(one, Mapping) and "Action" in one for one in _listed(values[0])):
+        return [] if _ACTION_KEY.search(rest) else _json_calls(values)
     matches = list(CALL.finditer(text))
     ends = [*(match.start() for match in matches), len(text)][1:]
     return [
         Call(_tool(match["name"]), _written_arguments(text[match.end() : end]))
         for match, end in zip(matches, ends, strict=True)
     ]
+
+
+def _json_values(text: str) -> tuple[list[Any], str]:
+    """The JSON objects and lists that the text begins with, in code blocks or not, and what follows the last of them."""
+    values, end = [], 0
+    while (before := _BEFORE_JSON.match(text, end)) is not None:
+        try:
+            value, end = _JSON.raw_decode(text, before.end())
+        except (ValueError, RecursionError):  # not JSON, a number of too many digits, too many brackets
+            break
+        values.append(value)
+    return values, text[end:]
+
+
+def _listed(value: Any) -> list[Any]:
+    """The calls that a JSON value lists, or the value as the only one."""
+    listed = value.get("tool_calls", [value]) if isinstance(value, Mapping) else value
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _json_calls(values: Sequence[Any]) -> list[Call]:
+    """All calls; none where one of them is no object with an `Action` and, under one of its two spellings, its input."""
+    calls = []
+    for call in (call for value in values for call in _listed(value)):
+        given = [call[key] for key in _INPUT_KEYS if key in call] if isinstance(call, Mapping) else []
+        if len(given) != 1 or "Action" not in call:
+            return []
+        calls.append(Call(_tool(str(call["Action"])), arguments_of(given[0])))
+    return calls
 
 
 def _written_arguments(text: str) -> Mapping[str, Any] | None:
