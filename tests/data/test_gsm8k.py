@@ -54,6 +54,23 @@ def test_the_reference_has_no_calculator_annotations() -> None:
         ("#### 72.", 72),
         ("#### $1,080.00", 1080),
         ("####72", 72),
+        ("#### –5", -5),  # an en dash
+        ("#### ‑5", -5),  # a hyphen that does not break
+        ("#### $–5", -5),
+        ("It takes 10–3", 3),
+        ("#### <<3*4=12>>12", 12),
+        ("#### 3*4=12", 12),
+        ("#### $3 * 4 = $12.", 12),
+        ("#### 10 - 3 = 7\nCheck: 7 + 3 = 10", 7),
+        ("#### 12 = the total", 12),
+        ("#### (3 + 4) * 2 = 14", 14),
+        ("#### 5 apples (with x = 3)", 5),
+        ("So \\boxed{18}.\nCheck: 6 each for 3 people", 18),
+        ("The answer is $\\boxed{18}$, for 3 people.", 18),
+        ("Answer: in 2 steps, \\boxed{\\$18}.", 18),
+        ("#### 5 is too small.</think>The answer is 7.", 7),
+        ("<think>#### 5</think>So 7.", 7),
+        ("<think>So 7.", None),
         ("#### **72** clips, out of 100", 72),
         ("#### 50%", 50),
         ("#### -7", -7),
@@ -100,7 +117,8 @@ def test_the_answer_of_a_completion_read_by_hand(completion: str, answer: float 
         ("-7", "#### 7", False),
         ("-7", "#### -7", True),
         ("0", "nothing", False),
-        ("0.5", "#### 1/2 = 0.5", False),  # the first number after the mark counts
+        ("0.5", "#### 1/2 = 0.5", True),
+        ("0.5", "#### 1/2", False),  # a number, not a calculation, is asked for
     ],
 )
 def test_an_answer_is_compared_as_a_number(gold: str, completion: str, correct: bool) -> None:

@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 from unisd_megatron.data.task import Corruption, Record, Task, Verdict
+from unisd_megatron.data.thoughts import without_thoughts
 
 INSTRUCTION = (
     "Reason step by step. End your response with one last line that holds the final answer as a plain number, in this form:"
@@ -37,12 +39,14 @@ Rules:
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(_UNSIGNED, re.ASCII)
 # A minus counts as a sign only where nothing stands before it to subtract from: "10-3" ends in 3.
-_ANSWER = re.compile(rf"(?P<sign>(?<![\w)])[-−])?(?:\\?\$(?P<minus>[-−])?)?(?P<number>{_UNSIGNED})", re.ASCII)
+_MINUS = "[-\u2010\u2011\u2012\u2013\u2212]"  # hyphens, figure and en dash, and the minus of typographers
+_ANSWER = re.compile(rf"(?P<sign>(?<![\w)]){_MINUS})?(?:\\?\$(?P<minus>{_MINUS})?)?(?P<number>{_UNSIGNED})", re.ASCII)
 # The released code's: a minus is a sign wherever it stands, and only western thousands commas are read.
 _RELEASED_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?")
 _RELEASED_PHRASES = ("the answer is", "The answer is", "final answer is", "Final answer is", "answer:", "Answer:")
-_PHRASE = re.compile(r"(?:the|final) answer is|answer[*_ ]*:", re.IGNORECASE)
+_PHRASE = re.compile(r"(?:the|final) answer is|answer[*_ ]*:|\\boxed\{", re.IGNORECASE)
 
+_REMARK = re.compile(r"\([^()]*\)")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _STEP_OR_NUMBER = re.compile(
     rf"<<(?P<expression>[^<>=]*)=(?P<result>[^<>=]*)>>|{_CALCULATION.pattern}|(?P<number>{_UNSIGNED})(?!\d|st\b|nd\b|rd\b|th\b)",
@@ -122,14 +126,19 @@ class Gsm8k(Task):
 
 
 def extract_answer(completion: str) -> Fraction | None:
-    """The number a completion gives: after its last `####`, else after its last "the answer is", else its last number."""
-    _, marker, after = completion.rpartition("####")
-    if marker and (number := next(_numbers(after), None)) is not None:
+    """The number a completion gives: after its last `####`, else after its last "the answer is" or `\\boxed`, else the last.
+
+    Of an equation behind `####` ("10 - 3 = 7"), the number behind its last `=`.
+    """
+    text = _CALCULATION.sub("", without_thoughts(completion))
+    _, marker, after = text.rpartition("####")
+    result = _REMARK.sub("", after.strip().partition("\n")[0]).rpartition("=")[2]
+    if marker and (number := next(chain(_numbers(result), _numbers(after)), None)) is not None:
         return number
-    *_, phrase = [None, *_PHRASE.finditer(completion)]
-    if phrase is not None and (number := next(_numbers(completion[phrase.end() :]), None)) is not None:
+    *_, phrase = [None, *_PHRASE.finditer(text)]
+    if phrase is not None and (number := next(_numbers(text[phrase.end() :]), None)) is not None:
         return number
-    *_, last = [None, *_numbers(completion)]
+    *_, last = [None, *_numbers(text)]
     return last
 
 
