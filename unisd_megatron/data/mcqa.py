@@ -15,6 +15,7 @@ from typing import Any
 
 from unisd_megatron.data import prompts
 from unisd_megatron.data.task import Corruption, Record, Task, Verdict
+from unisd_megatron.data.thoughts import without_thoughts
 
 LETTERS = "ABCDEFGHIJ"
 RELEASED_SEED = 42
@@ -22,15 +23,23 @@ RELEASED_SEED = 42
 # A statement of the answer: a label, then a letter and nothing that makes the letter a word ("Answer: Because", "A magnet").
 _NAME = r"(?:answer(?:[ ](?:choice|option|letter))?|(?:correct|right|best|final)[ ](?:choice|option|letter))"
 _LABEL = re.compile(
-    rf"(?P<field>(?<![\w-]){_NAME}[*_`\"']*[ \t]*[:=]|\\boxed(?={{))"
-    rf"|(?<![\w-]){_NAME}[*_`]*[ ](?:is|(?:must|should|would)[ ]be)\b:?",
-    re.IGNORECASE | re.ASCII,
+    rf"(?P<field>(?<![\w-]){_NAME}[*_`\"']*[ \t]*[:=\uff1a]|\\boxed(?={{))"  # the third is the colon of Chinese
+    rf"|(?<![\w-]){_NAME}[*_`]*[ ](?:is|(?:must|should|would)[ ]be)\b:?"
+    rf"|^[*_#]{{0,3}}[ ]?(?:final[ ])?{_NAME}[*_]{{0,3}}[ ][-–—](?=[ ])",
+    re.IGNORECASE | re.ASCII | re.MULTILINE,
 )
 _OPENING = r"(?:[\s*_`\"'(\[{<$]|\\(?:boxed|text|textbf|mathrm)\b|\\\(){0,12}"  # bounded, as are all: time stays linear
 _CLOSING = r"(?:[*_`\"')\]}>$]|\\\)){0,12}"
 _LETTER = rf"{_OPENING}(?:(?:option|choice|letter)\b{_OPENING})?(?P<letter>[A-Za-z]){_CLOSING}"
+_LAST = r"[.!]?[*_]{0,3}[ \t]*(?:\n|\Z)"
+_AFFIRMED = rf"(?=[ ]is[ ](?:the[ ])?(?:correct|right)(?:[ ](?:answer|option|choice))?{_LAST})"
 _END = r"(?:(?=\s*$|[ \t]*\n|[.,;:!](?!\w)|[ \t]+(?:[(–—]|-[ ]|(?:because|since|as)\b))|(?<=[)\]}>])(?!\w))"
-_STATED = re.compile(_LETTER + _END, re.ASCII | re.IGNORECASE)
+_STATED = re.compile(rf"{_LETTER}(?:{_END}|{_AFFIRMED})", re.ASCII | re.IGNORECASE)
+_SUBJECT = re.compile(  # "C is the correct answer."
+    rf"^(?:(?:so|thus|hence|therefore),?[ ])?{_LETTER}[ ]is[ ]the[ ](?:correct|right|best)[ ](?:answer|option|choice){_LAST}",
+    re.ASCII | re.IGNORECASE | re.MULTILINE,
+)
+_SPECIAL_TOKEN = re.compile(r"</s>|<\|\w{1,30}\|>|<end_of_turn>")
 _LISTED = re.compile(rf"[ ]?(?:[,;.&/|+]|and\b|or\b)[ ]?(?:(?:and|or)[ ])?{_LETTER}{_END}", re.ASCII | re.IGNORECASE)
 _ALONE = re.compile(rf"{_LETTER}[.:!]?{_CLOSING}\s*", re.ASCII | re.IGNORECASE)
 _LEADING = re.compile(rf"{_LETTER}[.:]?{_CLOSING}[ \t]+(?P<text>.+)", re.ASCII | re.IGNORECASE)
@@ -157,27 +166,28 @@ def stated_answer(completion: str, options: Mapping[str, str]) -> str | None:
 
     None too where the last statement gives no letter of this question, or its line gives two different ones.
     """
-    text = completion.rpartition("</think>")[2].strip()
-    found = list(_statements(text, options))
+    text = _SPECIAL_TOKEN.sub("\n", without_thoughts(completion)).strip()
+    found = sorted(_statements(text, options), key=lambda statement: statement[0])
     if not found:
         return _lone_letter(text, options)
-    last_line, last = found[-1]
-    on_line = {letter for line, letter in found if line == last_line and letter is not None}
+    place, last = found[-1]
+    line_start = text.rfind("\n", 0, place) + 1
+    on_line = {letter for place, letter in found if place >= line_start and letter is not None}
     return last if last in options and len(on_line) == 1 else None
 
 
 def _statements(text: str, options: Mapping[str, str]) -> Iterator[tuple[int, str | None]]:
-    """`(line number, letter)` of every statement of an answer; no letter where the field `Answer:` holds something else."""
+    """`(place, letter)` of every statement of an answer; no letter where the field `Answer:` holds something else."""
+    yield from ((match.start("letter"), match["letter"].upper()) for match in _SUBJECT.finditer(text))
     for label in _LABEL.finditer(text):
-        line = text.count("\n", 0, label.start())
         match = _STATED.match(text, label.end())
         if match is not None and not _is_abbreviation(text[match.end() :], options.get(match["letter"].upper(), "")):
-            yield line, match["letter"].upper()
+            yield label.start(), match["letter"].upper()
             other = _LISTED.match(text, match.end())
             if other is not None:
-                yield line, other["letter"].upper()
+                yield label.start(), other["letter"].upper()
         elif label["field"]:
-            yield line, None
+            yield label.start(), None
 
 
 def _is_abbreviation(after: str, option: str) -> bool:
