@@ -70,6 +70,7 @@ def test_questions_alone_have_references_without_reasoning(tmp_path: Path) -> No
     ("explanations", "reason"),
     [
         ([EXPLANATION | {"id": "zzzz"}], "no explanation for cos_e_d3b4 of "),
+        ([EXPLANATION, EXPLANATION], "line 2: the id cos_e_d3b4 is that of "),
         ([{"id": "d3b4"}], "line 1: no explanation of cos_e: explanation.open-ended is None"),
         ([{"id": "d3b4", "explanation": "dark"}], "line 1: no explanation of cos_e"),
     ],
@@ -78,6 +79,14 @@ def test_a_pair_that_does_not_fit_is_refused(tmp_path: Path, explanations: list[
     with pytest.raises(DataError, match=r"cose_train_v1\.0\.jsonl") as caught:
         TASK.load("train", pair(tmp_path, [QUESTION], explanations))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("part", "split", "right"), [("dev", "train", "test"), ("train", "test", "train")])
+def test_the_publishers_file_of_the_other_split_is_refused(tmp_path: Path, part: str, split: str, right: str) -> None:
+    path = written(tmp_path / f"csqa_v1.0_{part}_rand_split.jsonl", QUESTION)
+    with pytest.raises(DataError, match=rf"{part}_rand_split\.jsonl: by its name this is the {right} split, not the {split} "):
+        TASK.load(split, path)
+    assert len(TASK.load(right, path)) == len(TASK.load("all", path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_the_order_of_a_question_does_not_depend_on_its_place(tmp_path: Path) ->
 
 
 def test_the_released_order_depends_on_the_place(tmp_path: Path) -> None:
-    records = Gpqa("released").load("test", written(tmp_path / "rows.json", [ROW] * 4))
+    rows = [ROW | {"Record ID": f"rec{n}"} for n in range(4)]
+    records = Gpqa("released").load("test", written(tmp_path / "rows.json", rows))
     assert "".join(map(right_letter, records)) == "DDBA"  # of `random.Random(42 + place).shuffle([0, 1, 2, 3])`
 
 

@@ -87,6 +87,14 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_request(tmp_path: Path) -
             Gsm8k().load("train", str(path))
 
 
+def test_an_id_that_two_records_share_is_named_with_both_places(tmp_path: Path) -> None:
+    """Merged silently, one of the two would be trained on or scored as the other."""
+    rows = [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 2}]
+    path = written(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: the id 1\+2 is that of .*rows\.jsonl, line 1 too; "):
+        TASKS["addition"]().load("all", path)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_table_of_tasks_knows_every_task_by_its_own_name(name: str) -> None:
     assert TASKS[name].name == name

@@ -131,7 +131,10 @@ class Task(ABC):
     # What stands for the record where records are shown or compared.
 
     def topic(self, record: Record) -> str:
-        """The text by which similar records are found: the question without the instructions common to all."""
+        """What is asked, without options, tools, tests, or instructions common to all.
+
+        By it similar records are found, and twins: records with the same words in it never show each other's solution.
+        """
         return self.question(record)
 
     def teacher_prompt(self, record: Record, solution: str, *, negative: bool = False) -> str:
@@ -157,14 +160,23 @@ class Task(ABC):
     def load(self, split: str, data_path: str | None) -> list[Record]:
         """All records of a split, or of "all", from `data_path` (JSON, JSONL, either gzipped, or parquet) or from the hub.
 
-        Raises `DataError` naming the file and the line of the first broken record, or that nothing is left.
+        Raises `DataError` naming the file and the line of the first broken record, both places of an id that is there twice,
+        or that nothing is left.
         """
         if split not in (*self.splits, "all"):
             why = "it is for evaluation only" if split == "train" else f"use {' or '.join(self.splits)}"
             raise DataError(f"--dataset {self.name} has no split {split!r}; {why}")
         rows = read_rows(Path(data_path)) if data_path is not None else self._hub_rows(split)
-        parsed = (self._parse(row, index, where) for where, index, row in rows)
-        records = [record for record in parsed if split == "all" or self.keep(record, split)]
+        parsed = ((where, self._parse(row, index, where)) for where, index, row in rows)
+        places: dict[str, str] = {}
+        records = []
+        for where, record in parsed:
+            if split != "all" and not self.keep(record, split):
+                continue
+            if record.id in places:
+                raise DataError(f"{where}: the id {record.id} is that of {places[record.id]} too; give every record its own")
+            places[record.id] = where
+            records.append(record)
         if not records:
             raise DataError(f"{data_path or self.hub_id}: no {split} record for --dataset {self.name}; the data set is empty")
         return records

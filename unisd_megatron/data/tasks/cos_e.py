@@ -19,6 +19,8 @@ from unisd_megatron.data.task import Record
 from unisd_megatron.errors import DataError
 
 QUESTIONS_FILE = re.compile(r"csqa_(?P<version>v[\d.]*\d)_(?P<part>[a-z]+)_rand_split\.jsonl(?P<gz>(?:\.gz)?)")
+PART = re.compile(r"csqa_.*_(?P<part>train|dev)_.*")
+SPLIT_OF_PART = {"train": "train", "dev": "test"}
 
 
 class CosE(ChoiceTask):
@@ -40,12 +42,26 @@ class CosE(ChoiceTask):
         return choice_record(identity, row["question"], row["choices"], answer, explanation=row.get("abstractive_explanation"))
 
     def load(self, split: str, data_path: str | None) -> list[Record]:
-        """All records of a split. Raises `DataError` also where the file beside it lacks a question's explanation."""
+        """All records of a split.
+
+        Raises `DataError` also for the publisher's file of the other split, and where the file beside it lacks a question's
+        explanation or gives two.
+        """
+        named = PART.fullmatch(Path(data_path).name) if data_path is not None else None
+        if named is not None and split in self.splits and split != SPLIT_OF_PART[named["part"]]:
+            right = SPLIT_OF_PART[named["part"]]
+            raise DataError(f"{data_path}: by its name this is the {right} split, not the {split} split; use the other file")
         records = super().load(split, data_path)
         beside = _explanations_file(Path(data_path)) if data_path is not None else None
         if beside is None:
             return records
-        explanations = {f"cos_e_{row.get('id')}": _explanation(row, where) for where, _, row in read_rows(beside)}
+        explanations: dict[str, str] = {}
+        places: dict[str, str] = {}
+        for where, _, row in read_rows(beside):
+            identity = f"cos_e_{row.get('id')}"
+            if identity in places:
+                raise DataError(f"{where}: the id {identity} is that of {places[identity]} too; give every question its own")
+            places[identity], explanations[identity] = where, _explanation(row, where)
         for record in records:
             if record.id not in explanations:
                 raise DataError(f"{beside}: no explanation for {record.id} of {data_path}; use a pair of one split")
