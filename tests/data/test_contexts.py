@@ -12,6 +12,7 @@ from unisd_megatron.data.contexts import build_examples
 from unisd_megatron.data.example import Example
 from unisd_megatron.data.task import Record
 from unisd_megatron.data.tasks.addition import Addition
+from unisd_megatron.data.tasks.cos_e import CosE
 from unisd_megatron.data.tasks.gsm8k import Gsm8k
 from unisd_megatron.data.tasks.mbpp import Mbpp
 from unisd_megatron.errors import ConfigError, DataError
@@ -75,6 +76,24 @@ def test_a_record_with_the_same_question_is_never_a_donor() -> None:
         for example in build([*records, twin], seed=seed):
             if example.id in ("twin", records[3].id):
                 assert all(4 not in context for context in donors_of(example))
+
+
+@pytest.mark.parametrize("similar", [False, True])
+def test_a_question_with_another_distractor_is_never_a_donor(similar: bool) -> None:
+    """It has the same right answer, which the solution shown would give away."""
+    shops = [["shop", "house", "sea"], ["sea", "house", "wood"], ["shop", "sea", "wood"], ["tree", "sea", "wood"]]
+    stems = ["Where is a lantern?", "Where is a  lantern?", "Where is a boat?", "Where is a bird?"]
+    rows = [{"id": n, "question": q, "choices": c, "answer": c[1]} for n, (q, c) in enumerate(zip(stems, shops, strict=True))]
+    records = [CosE().parse(row, 0) for row in rows]
+
+    def nearest(count: int) -> list[list[int]]:
+        return [sorted(range(4), key=lambda j: (abs(i - j), j))[:count] for i in range(4)]
+
+    found, _ = build_examples(
+        CosE(), records, auxiliary=1, donors_per_context=2, negatives=False, seed=0, nearest=nearest if similar else None
+    )
+    for example in found[:2]:
+        assert all(one in example.auxiliary[0] for one in stems[2:]) and example.auxiliary[0].count("lantern?") == 1
 
 
 def test_teacher_and_negative_have_one_form() -> None:

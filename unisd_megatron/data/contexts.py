@@ -187,8 +187,8 @@ class _Demonstrated:
 
 
 def _asked(task: Task, record: Record) -> tuple[str, ...]:
-    """The words of a question in alphabetical order: the same for its twins, in whatever order their options stand."""
-    return tuple(sorted(task.question(record).split()))
+    """The words of what is asked, in alphabetical order: the same for twins, whichever options or tools stand beside it."""
+    return tuple(sorted(task.topic(record).split()))
 
 
 _Contexts = _Instructed | _Demonstrated
