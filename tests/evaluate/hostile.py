@@ -19,6 +19,13 @@ def attempt(*lines: str) -> str:
     return f"import os, sys\nworked = False\ntry:\n{body}    worked = True\nexcept Exception:\n    pass\n{_IF_WORKED}"
 
 
+def _kernel(call: str, times: int = 1) -> str:
+    """A program that is right if the C library's `call`, or a system call of this number, is not refused."""
+    numbers = {"mq_open": (240, 180), "io_setup": (206, 0), "add_key": (248, 217), "bpf": (321, 280), "userfaultfd": (323, 282)}
+    names = [f"{name} = {pair}[os.uname().machine == 'aarch64']" for name, pair in numbers.items()]
+    return attempt("import ctypes, struct", *names, f"for _ in range({times}): assert ctypes.CDLL(None).{call} >= 0")
+
+
 HOSTILE = {
     # Taking everything.
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n",
@@ -56,8 +63,29 @@ HOSTILE = {
     "more processes by a limit raised works": attempt(
         "import resource", "resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5))"
     ),
+    "many processes that each hold what one may": (
+        "import os, time\nfor _ in range(6):\n    try:\n        if not os.fork(): break\n    except OSError: break\n"
+        "held = b'x' * (150 << 20)\ntime.sleep(10**6)\n"
+    ),
+    "shared memory that is in no process's pages": (
+        "import mmap, os, time\nfor _ in range(6):\n    held = mmap.mmap(-1, 100 << 20)\n    held.write(b'x' * (50 << 20))\n"
+        "    try:\n        if not os.fork(): break\n    except OSError: break\n    held.close()\ntime.sleep(10**6)\n"
+    ),
     "memory that no limit counts works": attempt("os.memfd_create('held')"),
-    "shared memory works": attempt("import ctypes", "assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0"),
+    "shared memory works": _kernel("shmget(0, 1 << 20, 0o1600)"),
+    "semaphores works": _kernel("semget(0, 32000, 0o1600)"),
+    "message queues works": _kernel("msgget(0, 0o1600)"),
+    "a named message queue works": _kernel("syscall(mq_open, b'queue', os.O_RDWR | os.O_CREAT, 0o600, None)"),
+    "asynchronous input and output works": _kernel("syscall(io_setup, 1000, ctypes.byref(ctypes.c_long()))"),
+    "io_uring works": _kernel("syscall(425, 64, ctypes.create_string_buffer(120))"),
+    "watched files works": _kernel("inotify_init1(0)"),
+    "watched mounts works": _kernel("fanotify_init(0x200, 0)"),
+    "pages kept in a pipe works": _kernel("vmsplice(os.pipe()[1], (ctypes.c_size_t * 2)(id(os), 1), 1, 0)"),
+    "keys works": _kernel("syscall(add_key, b'user', b'name', b'x', 1, -3)"),
+    "BPF works": _kernel("syscall(bpf, 0, ctypes.create_string_buffer(struct.pack('=IIII', 2, 4, 4, 1), 72), 72)"),
+    "faults of one's own works": _kernel("syscall(userfaultfd, 1)"),
+    "rules of Landlock works": _kernel("syscall(444, None, 0, 1)"),
+    "timers without end works": _kernel("timer_create(0, None, ctypes.byref(ctypes.c_void_p()))", times=1000),
     "priority works": attempt("os.nice(-10)"),
     # Reaching the host.
     "deleting the home": (
@@ -91,6 +119,7 @@ HOSTILE = {
     "killing the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n",
     "killing everything": "import os, signal\nos.kill(-1, signal.SIGKILL)\nos.kill(1, signal.SIGKILL)\n",
     "killing the group": "import os, signal\nos.killpg(0, signal.SIGKILL)\nos.kill(0, signal.SIGTERM)\n",
+    "stopping the group": "import os, signal\nos.kill(0, signal.SIGSTOP)\n",
     "signalling the host works": attempt("os.kill($PID, 0)"),
     "stopping the parent works": attempt("import signal", "assert os.getppid() != 0", "os.kill(os.getppid(), signal.SIGSTOP)"),
     "tracing the parent works": attempt(

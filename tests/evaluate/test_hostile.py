@@ -17,6 +17,10 @@ from unisd_megatron.evaluate.sandbox import Limits, Outcome, Sandbox
 LIMITS = Limits(cpu_s=1, wall_s=5.0, memory_mib=256, processes=8, scratch_mib=16, file_mib=8, output_kib=256)
 EXPECTED = {
     "memory bomb": {"memory"},
+    "many processes that each hold what one may": {"memory"},
+    "shared memory that is in no process's pages": {"memory"},
+    "killing the group": {"exception"},  # its first process is one that such signals do not end
+    "stopping the group": {"exception"},
     "endless loop": {"timeout"},
     "endless loop that catches everything": {"timeout"},
     "endless sleep": {"timeout"},

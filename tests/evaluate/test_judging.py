@@ -1,13 +1,15 @@
 """Verdicts: texts by their task, programs by being run, in the order of the answers."""
 
+import json
+
 import pytest
 
 from sandboxes import sandbox_or_skip
 from unisd_megatron.data.task import Verdict
 from unisd_megatron.data.tasks.addition import Addition
 from unisd_megatron.data.tasks.mbpp import Mbpp
-from unisd_megatron.evaluate.judging import verdicts
-from unisd_megatron.evaluate.sandbox import Sandbox
+from unisd_megatron.evaluate.judging import judging_identity, verdicts
+from unisd_megatron.evaluate.sandbox import Limits, Sandbox
 
 ROW = {
     "task_id": 11,
@@ -28,6 +30,12 @@ def test_texts_are_judged_without_a_sandbox() -> None:
     told: list[int] = []
     found = verdicts(task, [(record, task.reference(record)), (record, "#0004"), (record, "")], progress=told.append)
     assert found == [Verdict(True), Verdict(False, "wrong answer"), Verdict(False, "no answer")] and told == [3]
+
+
+def test_how_answers_are_judged_has_an_identity_that_json_keeps() -> None:
+    identity = judging_identity(unsafe=False)
+    assert json.loads(json.dumps(identity)) == identity != judging_identity(unsafe=True)
+    assert identity["limits"] == {name: getattr(Limits(), name) for name in Limits.__slots__}  # those that `verdicts` runs with
 
 
 def test_programs_are_run_and_fail_by_their_kind(sandbox: Sandbox) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,11 @@ RIGHT = {
     ),
     "a tested function with a builtin's name": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
     "modules that the code imports": ("import math\ndef f(x): return x / 3", "assert math.isclose(f(1), 0.3333333333)"),
+    "modules that only the tests use": ("def f(x): return x / 3", "assert math.isclose(f(1), 0.3333333333)"),
+    "an object with a module's name": (
+        "class Queue:\n    def push(self, x): return x\nqueue = Queue()",
+        "assert queue.push(3) == 3",
+    ),
     "imports of the tests that the code counts on": ("def f(x): return math.floor(x)", "import math\nassert f(2.5) == 2"),
     "a check function": ("def f(x): return x + 1", "def check(candidate):\n    assert candidate(1) == 2\n\ncheck(f)"),
     "a scratch folder": ("def f():\n    open('a', 'w').write('b')\n    return open('a').read()", "assert f() == 'b'"),
@@ -92,6 +98,12 @@ RIGHT = {
 WRONG = {
     "a wrong value": ("def f(): return 2", "assert f() == 1", "failed assertion", "in test line 1: assert f() == 1"),
     "a list for a tuple": ("def f(): return [1]", "assert f() == (1,)", "failed assertion", ""),
+    "a module of the tests that is not the program's to say": (
+        "class math:\n    isclose = lambda *a: True\ndef f(x): return 0",
+        "assert math.isclose(f(2), 4)",
+        "failed assertion",
+        "",
+    ),
     "an exception": ("def f(): return 1 // 0", "assert f() == 1", "exception", "ZeroDivisionError"),
     "its own assertion": ("def f(): assert False, 'mine'", "assert f() == 1", "exception", "mine"),
     "another name": ("def g(): return 1", "assert f() == 1", "exception", "name 'f' is not defined"),
@@ -172,7 +184,7 @@ def test_most_small_bugs_are_found(sandbox: Sandbox) -> None:
 
 
 TRIAL = """
-from unisd_megatron.evaluate.sandbox import Sandbox
+from unisd_megatron.evaluate.sandbox import Limits, Sandbox
 from unisd_megatron.data.task import Program
 from unisd_megatron.errors import ConfigError
 try:
@@ -180,7 +192,7 @@ try:
     print("locked in")
 except ConfigError as error:
     print(error)
-sandbox = Sandbox(unsafe=True)
+sandbox = Sandbox(Limits(wall_s=3.0), unsafe=True)
 tests = "assert f(2) == 4"
 right = "def f(x): return x * x"
 traces = "import ctypes\\ndef f(x): return 4 * (ctypes.CDLL(None).ptrace(0) == 0)"
@@ -188,12 +200,19 @@ stays = "import os, time\\nif not os.fork():\\n    os.setsid()\\n    if not os.f
 stays += "\\ndef f(x): return 5"
 for code in (right, "import os; os._exit(0)", traces, stays):
     print(sandbox.run(Program(code, tests)).kind)
+for signal in ("KILL", "STOP"):  # for its own group: to an ordinary user's program, what watches it is the same user's
+    print(sandbox.run(Program("import os, signal\\nos.kill(0, signal.SIG" + signal + ")", tests)).kind)
+watcher = "import os, time\\ntime.sleep(0.3)\\nfor line in open(f'/proc/{os.getppid()}/status'):\\n"
+watcher += " if line.startswith('PPid'): os.kill(int(line.split()[1]), 9)\\ntime.sleep(1000)"
+outcome = sandbox.run(Program(watcher, tests))
+print(outcome.kind, 0.3 <= outcome.seconds < 30)
 """
+KINDS_OF_TRIAL = ["passed", "exited early", "failed assertion", "failed assertion"]
 
 
 def test_without_user_namespaces_it_takes_unsafe_to_go_on(sandbox: Sandbox) -> None:
     """In a user namespace that allows none below it: as in many containers."""
-    script = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {sys.executable} -c '{TRIAL}'"
+    script = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {sys.executable} -c {shlex.quote(TRIAL)}"
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "sh", "-c", script], capture_output=True, text=True, env=environment()
     )
@@ -202,7 +221,7 @@ def test_without_user_namespaces_it_takes_unsafe_to_go_on(sandbox: Sandbox) -> N
     refusal, *kinds = done.stdout.splitlines()
     assert refusal.startswith("this machine cannot lock programs in: it lacks namespaces of its own"), done.stderr
     assert "user.max_user_namespaces is 0" in refusal and "--unsafe" in refusal
-    assert kinds == ["passed", "exited early", "failed assertion", "failed assertion"]
+    assert kinds == [*KINDS_OF_TRIAL, "killed", "timeout", "killed True"], done.stderr
 
 
 def test_an_ordinary_user_has_the_same_sandbox(sandbox: Sandbox) -> None:
@@ -224,9 +243,7 @@ def test_an_ordinary_user_has_the_same_sandbox(sandbox: Sandbox) -> None:
     done = subprocess.run(
         [python, "-c", TRIAL], user=1, group=1, extra_groups=[], capture_output=True, text=True, env=environment()
     )
-    assert done.stdout.splitlines() == ["locked in", "passed", "exited early", "failed assertion", "failed assertion"], (
-        done.stderr
-    )
+    assert done.stdout.splitlines() == ["locked in", *KINDS_OF_TRIAL, "exception", "exception", "exception True"], done.stderr
 
 
 def environment() -> dict[str, str]:

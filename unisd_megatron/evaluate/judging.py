@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
 from unisd_megatron.data import Program, Record, Task, Verdict
-from unisd_megatron.evaluate.sandbox import Outcome, Sandbox
+from unisd_megatron.evaluate.sandbox import Limits, Outcome, Sandbox
+
+SCORING_VERSION = 1
+"""To be raised with every change after which an answer could be judged otherwise: by its task, or in the sandbox."""
+
+
+def judging_identity(unsafe: bool) -> dict[str, object]:
+    """What a verdict depends on besides the answer, as JSON: verdicts under another identity are not to be mixed with these."""
+    return {"version": SCORING_VERSION, "limits": dataclasses.asdict(Limits()), "unsafe": unsafe}
 
 
 def verdicts(

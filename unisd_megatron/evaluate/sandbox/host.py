@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ _PATIENCE_S = 60.0  # beyond a program's own wall time, before its zygote is giv
 
 _NAMESPACES = "namespaces of its own (user, mount, PID, network, IPC), a read-only file system without this machine's files"
 _SYSTEM_CALLS = "a filter of system calls"
+_MEMORY_OF_ALL = "a limit on the memory of all processes together"
 _ALWAYS = "a process of its own without this one's environment, limits on CPU and wall time, memory, file size and output"
 
 # Each raises inside the sandbox, or is not what it should be, where a protection does not hold.
@@ -73,6 +75,8 @@ class Sandbox:
             raise ConfigError(f"programs can be run on Linux only, not on {sys.platform}; score a task that runs none")
         self._system_calls = self._offers(_SYSTEM_CALLS, namespaces=False, system_calls=True)
         self._namespaces = self._offers(_NAMESPACES, namespaces=True, system_calls=self._system_calls)
+        # Where the kernel does not list a process's children, the keeper sees none of them.
+        (self.protections if Path("/proc/thread-self/children").exists() else self.missing).append(_MEMORY_OF_ALL)
         self._probe()
         if self.missing and not unsafe:
             raise ConfigError(
@@ -124,10 +128,12 @@ class Sandbox:
                 while True:
                     number = waiting.get_nowait()
                     zygote = zygote or _Zygote(self.limits, self._namespaces, self._system_calls)
+                    began = time.monotonic()
                     outcome = zygote.run(programs[number].code, programs[number].tests)
                     if outcome is None:
                         zygote.close()
-                        zygote, outcome = None, Outcome(False, "killed", "it ended the process that watched it", 0.0)
+                        seconds = time.monotonic() - began
+                        zygote, outcome = None, Outcome(False, "killed", "it ended the process that watched it", seconds)
                     done.put((number, outcome))
         except BaseException as error:
             done.put((number, error))

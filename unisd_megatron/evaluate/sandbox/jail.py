@@ -121,6 +121,7 @@ def _rlimits(limits: Limits, namespaces: bool) -> list[tuple[int, int, int]]:
         (resource.RLIMIT_NOFILE, 64, 64),
         (resource.RLIMIT_MEMLOCK, 0, 0),
         (resource.RLIMIT_MSGQUEUE, 0, 0),
+        (resource.RLIMIT_SIGPENDING, 256, 256),  # timers too, each some memory of the kernel
     ]
     if namespaces:  # outside a user namespace, all other processes of the user would count
         allowed = limits.processes + _OWN_PROCESSES

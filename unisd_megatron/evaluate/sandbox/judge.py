@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import os
 import sys
 import time
 import traceback
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +53,8 @@ def _run(link: _Link, tree: ast.Module, code: str) -> None:
     imports: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     # No `__builtins__`: what the tests' builtins are is not the program's to say.
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not node.id.startswith("__")}
-    job = {"code": code, "wanted": sorted(used), "imports": ast.unparse(ast.Module(imports, []))}
+    modules = _modules(tree)
+    job = {"code": code, "wanted": sorted(used - modules.keys()), "imports": ast.unparse(ast.Module(imports, []))}
     offered = link.start(job)
     if not isinstance(offered, dict):
         raise WorkerGone
@@ -59,9 +62,30 @@ def _run(link: _Link, tree: ast.Module, code: str) -> None:
     # builtin's name means the builtin: a `set` that makes all things equal is not what they are about.
     offered = {name: offered[name] for name in job["wanted"] if name in offered}
     own = {name: value for name, value in offered.items() if not hasattr(builtins, name)}
-    namespace = {"__name__": "tests", **(own or offered)}
+    namespace = {"__name__": "tests", **modules, **(own or offered)}
     link.started = True
     exec(compile(tree, _TESTS, "exec"), namespace)
+
+
+def _modules(tree: ast.Module) -> dict[str, types.ModuleType]:
+    """The standard library's modules that the tests use by attributes alone, and do not say where from: `math.isclose(...)`.
+
+    They are not the program's to say either. A name whose module lacks what is used of it is something else: it may be.
+    """
+    attributes: dict[str, set[str]] = {}
+    owners = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            attributes.setdefault(node.value.id, set()).add(node.attr)
+            owners.add(node.value)
+    otherwise = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in owners}
+    found = {}
+    for name in (attributes.keys() & sys.stdlib_module_names) - otherwise:
+        with contextlib.suppress(ImportError):  # a module that this Python was built without
+            module = importlib.import_module(name)
+            if all(hasattr(module, one) for one in attributes[name]):
+                found[name] = module
+    return found
 
 
 class _Link:

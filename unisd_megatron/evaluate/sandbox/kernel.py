@@ -22,22 +22,48 @@ _SIGKILL = 9
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_SETATTR = 442  # from 424 on, system calls have the same number on every architecture
 
-# Kernel name of the architecture -> (its audit number, system calls). Those refused are ways to memory that no limit counts
-# (shmget, memfd_create, message queues, keys), to other processes, to kernel features with a history of holes, and to new
-# namespaces.
-_ARCHITECTURES = {
-    "x86_64": (
-        0xC000003E,
-        {"pivot_root": 155, "socket": 41, "socketpair": 53},
-        [29, 68, 319, 101, 310, 311, 312, 248, 249, 250, 272, 308, 321, 298, 323, 303, 304, 165, 246, 175, 313, 135, 240],
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {"pivot_root": 41, "socket": 198, "socketpair": 199},
-        [194, 186, 279, 117, 270, 271, 272, 217, 218, 219, 97, 268, 280, 241, 282, 264, 265, 40, 104, 105, 273, 92, 180],
-    ),
+# Kernel name of the architecture -> its audit number, and the column of its numbers below.
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+_PIVOT_ROOT = (155, 41)
+_SOCKETS = ((41, 198), (53, 199))  # socket, socketpair
+# What is refused: `(x86-64, ARM64)`; None where the architecture lacks it.
+_REFUSED: dict[str, tuple[int, int | None]] = {
+    # ways to memory that no limit counts, or that outlives its process
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "vmsplice": (278, 75),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # ways to other processes
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    # ways to new namespaces, mounts, files by handle
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    # features with a history of holes
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "kexec_load": (246, 104),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "personality": (135, 92),
 }
-_REFUSED_EVERYWHERE = [425, 426, 427, 428, 429, 430, 431, 432, 435, 438, 442, 447]  # io_uring, new mounts, clone3, pidfd_getfd
+# From 424 on: io_uring, new mounts, clone3, pidfd_getfd, rules of Landlock (kernel memory), memfd_secret.
+_REFUSED_EVERYWHERE = [425, 426, 427, 428, 429, 430, 431, 432, 435, 438, 442, 444, 445, 446, 447]
 _CLONE3 = 435
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +104,7 @@ def become_root_folder(path: str) -> None:
     os.chdir(path)
     if _machine() not in _ARCHITECTURES:
         raise OSError(f"pivot_root: its number on {_machine()} is not known")
-    _checked("pivot_root", _libc.syscall(_ARCHITECTURES[_machine()][1]["pivot_root"], b".", b"."))
+    _checked("pivot_root", _libc.syscall(_PIVOT_ROOT[_ARCHITECTURES[_machine()][1]], b".", b"."))
     _checked("umount", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
 
@@ -114,15 +140,16 @@ def filter_system_calls() -> None:
     """Refuses, for good, the calls above and every socket but local ones. Needs `forbid_new_privileges` first."""
     if _machine() not in _ARCHITECTURES:
         raise OSError(f"seccomp: the system calls of {_machine()} are not known")
-    audit, numbers, refused = _ARCHITECTURES[_machine()]
+    audit, column = _ARCHITECTURES[_machine()]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF: load a word, compare, return
     allow, kill, denied, absent = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # 0x0005....: errno EPERM, ENOSYS
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill)]
     program += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (answer, 0, 0, denied)]  # x32 has other numbers
     program += [(equal, 0, 1, _CLONE3), (answer, 0, 0, absent)]  # libc then uses clone
-    for number in [*refused, *_REFUSED_EVERYWHERE]:
+    refused = [numbers[column] for numbers in _REFUSED.values()]
+    for number in [*(one for one in refused if one is not None), *_REFUSED_EVERYWHERE]:
         program += [(equal, 0, 1, number), (answer, 0, 0, denied)]
-    for number in (numbers["socket"], numbers["socketpair"]):  # the family is the first argument; AF_UNIX is 1
+    for number in (numbers[column] for numbers in _SOCKETS):  # the family is the first argument; AF_UNIX is 1
         program += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, 1), (answer, 0, 0, denied), (answer, 0, 0, allow)]
     program += [(answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))

@@ -22,7 +22,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Per program. All its processes together can take at most `(processes + 1) * memory_mib + scratch_mib` of memory."""
+    """Per program."""
 
     cpu_s: int = 10
     """CPU time of each process; 10 s as in the authors' code, but of CPU, so that a busy machine fails nobody."""
@@ -31,7 +31,7 @@ class Limits:
     """From the first line of the program to the end of its tests."""
 
     memory_mib: int = 512
-    """Address space of each process."""
+    """Address space of each process. All processes together, with that of the tests, may have twice as much."""
 
     processes: int = 16
     """Processes and threads at a time."""
@@ -44,6 +44,11 @@ class Limits:
 
     output_kib: int = 1024
     """What is written to standard output and error, and each value that the tests are given."""
+
+    @property
+    def memory_of_all_mib(self) -> int:
+        """Two processes' worth, so that a program of one process never meets it: that of the tests is the other."""
+        return 2 * self.memory_mib
 
     def __post_init__(self) -> None:
         least = {"processes": 1, "memory_mib": 128}  # the interpreter itself needs 100 MiB of addresses

@@ -17,8 +17,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from unisd_megatron.evaluate.sandbox import jail, judge, kernel, wire, worker
+from unisd_megatron.evaluate.sandbox import jail, judge, kernel, memory, wire, worker
 from unisd_megatron.evaluate.sandbox.limits import Limits
+
+_LOOK_S = 0.1  # between two looks at the memory of all processes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def main(control_fd: int, settings: str) -> None:
     """Says at `control_fd` what it could not provide, then answers each job there by an outcome, until its end."""
     control = socket.socket(fileno=control_fd)
     wanted = Settings.from_json(settings)
+    proc = memory.open_proc()
     if wanted.namespaces:
         try:
             jail.enter(control)
@@ -52,11 +55,12 @@ def main(control_fd: int, settings: str) -> None:
     while control.recv(1, socket.MSG_PEEK):  # the job itself is read by the keeper, when the worker is already there
         keeper = os.fork()
         if keeper == 0:
-            _keep(control_fd, wanted)
-        os.waitpid(keeper, 0)
+            _keep(control_fd, proc, wanted)
+        if os.waitpid(keeper, 0)[1] != 0:  # it gave no outcome, and never will: the end of this process says so at once
+            return
 
 
-def _keep(control: int, settings: Settings) -> NoReturn:
+def _keep(control: int, proc: int, settings: Settings) -> NoReturn:
     status = 1
     try:
         kernel.die_with_parent()
@@ -69,14 +73,14 @@ def _keep(control: int, settings: Settings) -> NoReturn:
         output_in, output_out = os.pipe()
         first = os.fork()
         if first == 0:
-            for fd in (control, job_out, result_in, output_in):
+            for fd in (control, proc, job_out, result_in, output_in):
                 os.close(fd)
             _judge(job_in, result_out, output_out, settings)
         for fd in (job_in, result_out, output_out):
             os.close(fd)
         began = time.monotonic()
         job = wire.receive(control)
-        kind, detail = _watch(first, job, (job_out, result_in, output_in, control), settings.limits)
+        kind, detail = _watch(first, job, (job_out, result_in, output_in, control, proc), settings.limits)
         _end_all(first)
         wire.send(control, {"kind": kind, "detail": detail, "seconds": time.monotonic() - began})
         status = 0
@@ -84,10 +88,11 @@ def _keep(control: int, settings: Settings) -> NoReturn:
         os._exit(status)
 
 
-def _watch(first: int, job: Any, fds: tuple[int, int, int, int], limits: Limits) -> tuple[str, str]:
+def _watch(first: int, job: Any, fds: tuple[int, int, int, int, int], limits: Limits) -> tuple[str, str]:
     """`(kind, detail)`: what the judge says, or why it was not waited for."""
-    job_out, result_in, output_in, control = fds
+    job_out, result_in, output_in, control, proc = fds
     deadline = time.monotonic() + limits.wall_s
+    next_look = time.monotonic() + _LOOK_S
     written = 0
     try:
         wire.send(job_out, job)
@@ -95,7 +100,7 @@ def _watch(first: int, job: Any, fds: tuple[int, int, int, int], limits: Limits)
         return "killed", "the process of the tests could not be started"
     watched = [result_in, output_in, control]
     while True:
-        ready, _, _ = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select(watched, [], [], max(0.0, min(deadline, next_look) - time.monotonic()))
         if result_in in ready:
             try:
                 kind, detail = wire.receive(result_in)
@@ -112,6 +117,10 @@ def _watch(first: int, job: Any, fds: tuple[int, int, int, int], limits: Limits)
                 return "output", f"more than {limits.output_kib} KiB were written"
             if count == 0:
                 watched.remove(output_in)
+        if time.monotonic() >= next_look:
+            if memory.of_descendants(proc) > limits.memory_of_all_mib << 20:
+                return "memory", f"more than {limits.memory_of_all_mib} MiB in all processes together"
+            next_look = time.monotonic() + _LOOK_S
         if time.monotonic() >= deadline:
             return "timeout", f"{limits.wall_s:g} s of wall time"
 
@@ -155,6 +164,7 @@ def _judge(job_in: int, result_out: int, output: int, settings: Settings) -> NoR
 
 def _work(link: int, output: int, scratch: str) -> NoReturn:
     try:
+        os.setsid()  # signals to its own group, which the walls of a PID namespace let through, must not reach the keeper
         kernel.die_with_parent()
         null = os.open(os.devnull, os.O_RDWR)
         for fd, own in ((null, 0), (output, 1), (output, 2), (link, 3)):
