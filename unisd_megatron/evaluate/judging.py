@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from unisd_megatron.data import Program, Record, Task, Verdict
 from unisd_megatron.evaluate.sandbox import Outcome, Sandbox
@@ -37,6 +38,11 @@ def verdicts(
         outcomes = (sandbox or Sandbox()).run_all(list(programs.values()), workers or len(os.sched_getaffinity(0)), told)
         found |= {number: _verdict(outcome) for number, outcome in zip(programs, outcomes, strict=True)}
     return [found[number] for number in range(len(answers))]
+
+
+def judging_identity(unsafe: bool) -> dict[str, Any]:
+    """What shapes the verdicts on programs."""
+    return {"unsafe": unsafe, "version": 1}
 
 
 def _verdict(outcome: Outcome) -> Verdict:
