@@ -104,6 +104,10 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "not a number": ({"--max_steps": "many"}, ["--max", "steps", "'many'"]),
     "unknown mode": ({"--mode": "unisd"}, ["--mode 'unisd'", *MODES]),
     "unknown data set": ({"--dataset": "sums"}, ["--dataset 'sums'", "addition", "gsm8k", "mbpp"]),
+    "a data set for evaluation": (
+        {"--dataset": "gpqa", "--model_name": "./absent"},
+        ["--dataset gpqa is for evaluation only", "mbpp"],
+    ),
     "no model": ({"--model_name": None}, ["--model_name is missing"]),
     "no data set": ({"--dataset": None}, ["--dataset is missing"]),
     "no output": ({"--output_dir": None}, ["--output_dir is missing"]),

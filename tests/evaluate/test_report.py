@@ -52,7 +52,8 @@ def test_pass_at_k_of_several_answers() -> None:
     found = summarize(rows)
     assert found["pass_at_k"] == {"1": 0.25, "2": 0.5}
     assert (found["examples"], found["answers"], found["groups"]) == (2, 4, {})
-    assert found["interval"] == [0.0, 0.5]  # the questions' shares are 0.5 and 0: the mean of two draws lies between
+    assert found["interval"] == pytest.approx(wilson(0.75, 3))  # 4 answers, design effect (1/16) / (3/64)
+    assert found["interval_method"] == "Wilson, effective number of answers"
 
 
 def test_table_and_picture(tmp_path: Path) -> None:

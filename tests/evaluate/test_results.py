@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from unisd_megatron.errors import CheckFailed, CheckpointError
-from unisd_megatron.evaluate.results import ANSWERS, Ledger, folder_digest, read_answers
+from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError
+from unisd_megatron.evaluate.results import ANSWERS, Ledger, locked, read_finished
 
 KEY = {"dataset": "gsm8k", "temperature": 0.0, "samples": (1, 2)}
 ROWS = [{"id": f"q{i}", "text": "a\nb\u2028c\ud800"} for i in range(5)]
@@ -75,17 +75,44 @@ def test_a_folder_of_something_else_is_refused_and_a_new_one_not_made(tmp_path: 
 def test_unfinished_evaluations_are_not_compared_with(tmp_path: Path) -> None:
     filled(tmp_path)
     with pytest.raises(CheckpointError, match="no finished evaluation"):
-        read_answers(tmp_path)
-    (tmp_path / "result.json").write_text("{}")
-    assert read_answers(tmp_path) == ROWS[:4]
+        read_finished(tmp_path)
+    (tmp_path / "result.json").write_text('{"answers": 4}')
+    assert read_finished(tmp_path).rows == ROWS[:4]
 
 
-def test_a_checkpoints_digest_is_of_its_contents(tmp_path: Path) -> None:
-    for name, weights in (("one", b"1" * 9_000_000), ("copy", b"1" * 9_000_000), ("trained", b"1" * 8_999_999 + b"2")):
-        (tmp_path / name / "shards").mkdir(parents=True)
-        (tmp_path / name / "shards" / "model.safetensors").write_bytes(weights)
-    digests = [folder_digest(tmp_path / name) for name in ("one", "copy", "trained")]
-    assert digests[0] == digests[1] != digests[2]
+@pytest.mark.parametrize("kept", [None, 0, 3])
+def test_a_finished_evaluation_without_all_its_answers_says_so(tmp_path: Path, kept: int | None) -> None:
+    filled(tmp_path)
+    (tmp_path / "result.json").write_text('{"answers": 4}')
+    answers = tmp_path / "answers.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    if kept is None:
+        answers.unlink()
+    else:
+        answers.write_text("".join(lines[:kept]))
+    with pytest.raises(CheckpointError, match=rf"answers\.jsonl holds {kept or 0} answers and result\.json speaks of 4"):
+        read_finished(tmp_path)
+
+
+def test_what_is_extended_is_not_called_complete(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    (tmp_path / "result.json").write_text('{"answers": 4}')
+    ledger.append(ROWS[4:])
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_one_process_writes_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with locked(folder):
+        with pytest.raises(ConfigError, match="new: another process is writing it"), locked(folder):
+            pass
+        filled(folder)
+    with locked(folder):
+        assert len(Ledger(folder, ANSWERS, KEY).rows) == 4
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"), locked(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "notes.txt"}
 
 
 def test_rows_that_cannot_be_written_end_the_work_with_the_reason(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 from unisd_megatron.batch import Completion
 from unisd_megatron.cli import main
 from unisd_megatron.data import TASKS, Verdict
+from unisd_megatron.evaluate.results import locked
 from unisd_megatron.evaluate.run import TOO_LONG, UNFINISHED
 from unisd_megatron.evaluate.scoring import Judge
 from unisd_megatron.grid import Axis
@@ -82,7 +84,7 @@ def test_what_is_written(whole: Path, models: Path) -> None:
         assert (one["failure"] == UNFINISHED) != one["finished"]
         assert one["prompt"].endswith("#### <number>") and "<|im_end|>" not in one["completion"]
     assert (found["examples"], found["answers"], found["dataset"]) == (5, 10, "gsm8k")
-    assert found["pass_at_k"].keys() == {"1", "2"} and found["interval_method"] == "bootstrap over questions"
+    assert found["pass_at_k"].keys() == {"1", "2"} and found["interval_method"] == "Wilson, effective number of answers"
     assert sum(found["failures"].values()) == 10 - found["correct"]
     assert found["digests"].keys() == {"data", "prompts", "model"} and "torch" in found["versions"]
     assert found["retention"]["tokens"] == sum(one["tokens"] for one in answers)
@@ -131,6 +133,28 @@ def test_interrupted_and_resumed_is_as_if_it_never_was(whole: Path, models: Path
         spy = Spy(monkeypatch, rounds=0)
         assert main(command) == 0
     assert content(again) == content(whole)
+
+
+def test_answers_made_anew_are_read_anew(whole: Path, models: Path, tmp_path: Path) -> None:
+    """What lies in retention.jsonl is of another sixth answer: it is measured again, and nothing is generated."""
+    again = tmp_path / "output"
+    shutil.copytree(whole, again)
+    answers = rows(again)
+    answers[5]["token_ids"].reverse()
+    (again / "answers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Spy(monkeypatch, rounds=0)
+        assert main(words(models / "model", again, *SAMPLED, *BESIDE, "--base_model_name", models / "base")) == 0
+    found, before = rows(again, "retention"), rows(whole, "retention")
+    assert [n for n, (one, other) in enumerate(zip(found, before, strict=True)) if one != other] == [5]
+    assert found[5]["log_prob"] != before[5]["log_prob"]
+    assert (again / "fit.jsonl").read_bytes() == (whole / "fit.jsonl").read_bytes()
+
+
+def test_a_folder_that_is_being_written_is_refused(whole: Path, models: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with locked(whole):
+        assert main(words(models / "model", whole, *SAMPLED, *BESIDE, "--base_model_name", models / "base")) == 2
+    assert "another process is writing it" in capfd.readouterr().err
 
 
 def test_a_folder_of_other_settings_is_refused(whole: Path, models: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,15 +245,22 @@ def test_the_base_s_own_answers_are_read_in_the_other_direction(models: Path, tm
         assert [here[name] for name in names] == pytest.approx([mirrored[name] for name in names], abs=1e-5)
 
 
-def test_two_evaluations_are_compared_question_by_question(models: Path, tmp_path: Path) -> None:
+def test_two_evaluations_are_compared_question_by_question(
+    whole: Path, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """References against a model that knows nothing: every question is better in one of them."""
     fixed = ["evaluate", "--dataset", "gsm8k", "--data_path", str(GSM8K), "--output_dir", str(tmp_path / "gold")]
     assert main([*fixed, "--references", "--max_examples", "5"]) == 0
     assert main(words(models / "model", tmp_path / "output")) == 0
-    assert main(words(models / "model", tmp_path / "output", "--compare", tmp_path / "gold")) == 0
-    (found,) = result(tmp_path / "output")["comparisons"]
+    both = ["--compare", tmp_path / "gold", "--compare", whole]
+    assert main(words(models / "model", tmp_path / "output", *both)) == 0
+    (found, sampled) = result(tmp_path / "output")["comparisons"]
     assert (found["accuracy"], found["difference"], found["better_here"], found["better_there"]) == (1.0, -1.0, 0, 5)
-    assert found["mcnemar_p"] == pytest.approx(2 / 32) and found["interval"] == [-1.0, -1.0]
+    assert found["mcnemar_p"] == pytest.approx(2 / 32)
+    assert found["interval"] == pytest.approx([-1.0, -0.38555], abs=1e-5)  # sqrt(2) z^2 / (5 + z^2) from the end
+    assert found["differ"] == {} and sampled["mcnemar_p"] is None
+    assert sampled["differ"].keys() == {"temperature", "top_p", "samples", "log_probs"}
+    assert "samples 1 here, 2 there" in capfd.readouterr().out
     assert "| -100.00 |" in (tmp_path / "output" / "table.md").read_text()
 
 
@@ -238,6 +269,14 @@ def test_evaluations_of_other_questions_are_not_compared(
 ) -> None:
     assert main(words(models / "model", tmp_path / "output", "--compare", whole, examples=4)) == 2
     assert "other questions (gsm8k_4 is asked there only)" in capfd.readouterr().err
+    lines = GSM8K.read_text().splitlines(keepends=True)
+    changed = [json.dumps(json.loads(line) | {"answer": "No.\n#### 7"}) + "\n" for line in lines[:5]]
+    for name, part, why in (("split", lines[5:10], "are worded otherwise"), ("answers", changed, "other data")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))  # the same ids: numbers of rows
+        gold = ["evaluate", "--dataset", "gsm8k", "--data_path", str(tmp_path / f"{name}.jsonl"), "--references"]
+        assert main([*gold, "--output_dir", str(tmp_path / name)]) == 0
+        assert main(words(models / "model", tmp_path / "output", "--compare", tmp_path / name)) == 2
+        assert why in capfd.readouterr().err
     assert not (tmp_path / "output").exists()
 
 
@@ -268,6 +307,7 @@ def test_programs_are_run_and_options_are_read(models: Path, tmp_path: Path) -> 
     found = result(tmp_path / "gold")
     assert (found["correct"], found["answers"], rows(tmp_path / "gold")[0]["id"]) == (12, 12, "mbpp_1")
     assert found["sandbox"]["protections"]
+    assert json.loads((tmp_path / "gold" / "answers.key.json").read_text())["judging"]["unsafe"] is False
 
     short = ["--model_name", str(models / "model"), "--max_completion_length", "3", "--semantics", "released"]
     assert main([*mbpp, *short, "--output_dir", str(tmp_path / "mbpp")]) == 0

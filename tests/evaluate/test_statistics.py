@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 
-from unisd_megatron.evaluate.statistics import bootstrap, ks_for, mcnemar, paired, pass_at_k, wilson
+from unisd_megatron.evaluate.statistics import accuracy_interval, effective_answers, ks_for, mcnemar, paired, pass_at_k, wilson
 
 
 @pytest.mark.parametrize(
@@ -42,15 +41,43 @@ def test_mcnemar_is_the_two_sided_binomial_test() -> None:
     assert mcnemar(3000, 0) < 1e-300
 
 
-def test_bootstrap_interval_is_that_of_resampling_one_by_one() -> None:
-    rng = random.Random(3)
-    values = [rng.choice([0.0, 0.25, 0.5, 1.0]) for _ in range(40)]
-    means = sorted(sum(rng.choices(values, k=40)) / 40 for _ in range(20_000))
-    low, high = bootstrap(values)
-    assert low == pytest.approx(means[500], abs=0.0126)  # two steps of the coarse distribution of means
-    assert high == pytest.approx(means[19_500], abs=0.0126)
-    assert bootstrap(values) == (low, high)
-    assert bootstrap([0.5] * 7) == (0.5, 0.5)
+@pytest.mark.parametrize(
+    ("shares", "answers", "worth"),
+    [
+        ([1.0, 0.0, 0.0], 3, 3),  # one answer to each question
+        ([0.5, 0.0], 4, 3),  # variance of the mean 1/16, of one answer 3/16
+        ([1.0, 0.0, 1.0, 0.0], 8, 3),  # 1/12 and 1/4: the second answers say nothing more
+        ([0.5, 0.5, 0.25, 0.75], 16, 16),  # 1/96 and 1/4: 24, and yet no more than there are answers
+        ([0.0, 0.0, 0.0], 9, 3),  # nothing varies: the questions
+        ([1 / 3] * 7, 21, 7),
+    ],
+)
+def test_several_answers_are_worth_their_number_over_the_design_effect(shares: list[float], answers: int, worth: float) -> None:
+    assert effective_answers(shares, answers) == pytest.approx(worth, abs=1e-12)
+    mean = sum(shares) / len(shares)
+    assert accuracy_interval(shares, answers) == pytest.approx(wilson(mean * worth, worth), abs=1e-12)
+
+
+def test_an_interval_has_a_width_where_all_are_wrong_or_right() -> None:
+    """0 of 9 answers to three questions: the upper end is z^2 / (3 + z^2) = 3.8415 / 6.8415."""
+    assert accuracy_interval([0.0] * 3, 9) == pytest.approx((0.0, 0.5615), abs=5e-5)
+    assert accuracy_interval([1.0] * 3, 9) == pytest.approx((0.4385, 1.0), abs=5e-5)
+
+
+def shares(both: int, first: int, second: int, neither: int) -> tuple[list[float], list[float]]:
+    return [1.0] * (both + first) + [0.0] * (second + neither), [1.0] * both + [0.0] * first + [1.0] * second + [0.0] * neither
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((36, 12, 2, 0), 0.0569, 0.3404), ((20, 12, 2, 16), 0.0562, 0.3292), ((53, 0, 0, 1), -0.0729, 0.0729)],
+)
+def test_interval_of_a_difference_is_method_10_of_newcombe_1998(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    first, second = shares(*cells)
+    assert paired(first, second).interval == pytest.approx((low, high), abs=5e-5)
+    assert paired(second, first).interval == pytest.approx((-high, -low), abs=5e-5)
 
 
 def test_paired_difference_pairs_the_questions() -> None:
@@ -58,10 +85,18 @@ def test_paired_difference_pairs_the_questions() -> None:
     found = paired([1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0])
     assert (found.mean, found.only_first, found.only_second, found.p) == (0.25, 2, 1, 1.0)
     assert found.interval[0] < 0 < found.interval[1]
-    several = paired([0.5, 1.0], [0.5, 0.0])
-    assert (several.mean, several.p) == (0.5, None)
+    together, apart = paired(*shares(20, 5, 0, 20)).interval, paired(*shares(12, 13, 8, 12)).interval
+    assert together[1] - together[0] < 0.6 * (apart[1] - apart[0])  # the same two accuracies
 
 
-def test_the_same_answers_twice_differ_by_nothing() -> None:
-    found = paired([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
-    assert (found.mean, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+def test_there_is_no_mcnemar_p_of_several_answers_even_if_all_agree() -> None:
+    found = paired([1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0], (8, 8))
+    assert (found.mean, found.p) == (0.25, None)
+    assert paired([1.0, 0.0], [0.0, 0.0], (2, 4)).p is None
+
+
+def test_no_difference_on_four_questions_is_not_certain() -> None:
+    """All wrong in both: each upper end is z^2 / (4 + z^2) = 3.8415 / 7.8415, and nothing ties the two."""
+    for answers in ((4, 4), (12, 12)):
+        found = paired([0.0] * 4, [0.0] * 4, answers)
+        assert found.mean == 0.0 and found.interval == pytest.approx((-0.4899, 0.4899), abs=5e-5)

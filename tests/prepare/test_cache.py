@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,17 +82,70 @@ def test_the_name_follows_from_all_that_shaped_it() -> None:
     assert cache_file("c", "negatives", HEADER) == cache_file("c", "negatives", dict(reversed(HEADER.items())))
 
 
+def test_the_name_of_the_model_is_told_and_shapes_nothing(tmp_path: Path) -> None:
+    """A copy under another name has the same weights, and they are in the header too."""
+    named, other = HEADER | {"model": "here", "weights": "1"}, HEADER | {"model": "a copy", "weights": "1"}
+    path = cache_file(str(tmp_path), "negatives", named)
+    assert cache_file(str(tmp_path), "negatives", other) == path
+    assert cache_file(str(tmp_path), "negatives", other | {"weights": "2"}) != path
+    with Appending(path, named, 1) as cache:
+        cache.append(ROWS[:3])
+    with Appending(path, other, 1) as cache:
+        assert cache.done == 3
+        cache.append(ROWS[3:])
+    assert read_rows(path, other) == ROWS and json.loads(path.read_text().splitlines()[0])["model"] == "here"
+
+
+def test_a_fingerprint_is_of_every_byte_of_the_checkpoint_and_of_nothing_else(tmp_path: Path) -> None:
+    weights = b"1" * 9_000_000
+    for name, content in (("a", weights), ("same", weights), ("b", weights[:4_000_000] + b"2" + weights[4_000_001:])):
+        (tmp_path / name / "1_Dense").mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        (tmp_path / name / "1_Dense" / "model.safetensors").write_bytes(b"3")
+        (tmp_path / name / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
+    same = tmp_path / "same"
+    first = fingerprint.of_checkpoint(tmp_path / "a")
+    assert fingerprint.of_checkpoint(same) == first != fingerprint.of_checkpoint(tmp_path / "b")
+    for name in ("output/result.json", "cache/embeddings/x.safetensors", "pytorch_model.bin"):
+        (same / name).parent.mkdir(parents=True, exist_ok=True)
+        (same / name).write_text("{}")
+        assert fingerprint.of_checkpoint(same) == first
+    (same / "1_Dense" / "model.safetensors").write_bytes(b"4")
+    assert fingerprint.of_checkpoint(same) != first
+    (same / "shards").mkdir()
+    (same / "shards" / "__0_0.distcp").write_bytes(b"5")
+    assert fingerprint.of_checkpoint(same, same / "shards") != fingerprint.of_checkpoint(same)
+
+
+def test_weights_are_read_once_until_they_change(tmp_path: Path) -> None:
+    model, caches = tmp_path / "model", tmp_path / "caches"
+    write_tiny("qwen2", model, seed=0)
+    true = fingerprint.of_checkpoint(model)
+    assert fingerprint.of_checkpoint(model, cache_dir=caches) == true and not caches.exists()  # whoever reads makes no folder
+    caches.mkdir()
+    assert fingerprint.of_checkpoint(model, cache_dir=caches) == true
+    memory, weights = caches / fingerprint.MEMORY, model / "model.safetensors"
+    known = json.loads(memory.read_text())
+    assert known.keys() == {str(weights.resolve())}
+    memory.write_text(json.dumps({name: [*seen[:-1], "another"] for name, seen in known.items()}))
+    assert fingerprint.of_checkpoint(model, cache_dir=caches) != true  # so it is not read again
+    os.utime(weights, ns=(0, 0))
+    assert fingerprint.of_checkpoint(model, cache_dir=caches) == true
+    memory.write_text(memory.read_text()[:-20])
+    assert fingerprint.of_checkpoint(model, cache_dir=caches) == true
+
+
 def test_a_fingerprint_sees_weights_tokenizer_and_configuration_wherever_they_lie(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("same", 0), ("b", 1)):
         write_tiny("qwen2", tmp_path / name, seed)
-    first = fingerprint.of_folder(tmp_path / "a")
-    assert fingerprint.of_folder(tmp_path / "same") == first != fingerprint.of_folder(tmp_path / "b")
+    first = fingerprint.of_checkpoint(tmp_path / "a")
+    assert fingerprint.of_checkpoint(tmp_path / "same") == first != fingerprint.of_checkpoint(tmp_path / "b")
     (tmp_path / "same" / "README.md").write_text("notes")
-    assert fingerprint.of_folder(tmp_path / "same") == first
+    assert fingerprint.of_checkpoint(tmp_path / "same") == first
     for name, change in (("config.json", " "), ("chat_template.jinja", "{{ messages }}")):
         path = tmp_path / "same" / name
         path.write_text((path.read_text() if path.is_file() else "") + change)
-        changed = fingerprint.of_folder(tmp_path / "same")
+        changed = fingerprint.of_checkpoint(tmp_path / "same")
         assert changed != first
         first = changed
 

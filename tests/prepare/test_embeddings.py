@@ -72,6 +72,13 @@ def test_the_command_that_train_names_prepares_what_is_read(order: Order, capsys
     assert embeddings.read(order).shape == (6, 384)
 
 
+def test_a_model_under_another_name_has_the_same_embeddings(order: Order, model: str, tmp_path: Path) -> None:
+    embeddings.prepare(order)
+    (tmp_path / "renamed").symlink_to(model)
+    caches = Caches(cache_dir=order.caches.cache_dir, retrieval_model=str(tmp_path / "renamed"))
+    assert torch.equal(embeddings.read(Order(order.data, "corrected", caches)), embeddings.read(order))
+
+
 def test_an_interrupted_preparation_is_resumed_to_the_same_vectors(
     order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_induction_groups_are_disjoint_and_their_examples_are_shown(desk: Path) 
     assert main(["prepare", "induction", *words, "--induction_max_length", "20"]) == 0
     header, *rows = map(json.loads, only_file(desk / "cache" / "induction").read_text().splitlines())
     assert header["num_demos"] == 2 and len(rows) == header["rows"] == 3
+    assert [*json.loads((desk / "cache" / "weights.json").read_text())] == [str((desk / "model/model.safetensors").resolve())]
     assert sorted(name for row in rows for name in row["examples"]) == [f"cos_e_{n}" for n in range(6)]
     records = {record.id: record for record in TASKS["cos_e"]().load("train", "rows.jsonl")}
     for row in rows:

@@ -90,8 +90,6 @@ def _references(given: dict[str, Any]) -> int:
     output = given.get("output_dir")
     began = time.monotonic()
     result, rows = references.evaluate(task, records, output, unsafe=given.get("unsafe", False), workers=given.get("workers"))
-    if output is not None:
-        report.write(output, result)
     commands.say(f"{report.headline(result)}, in {time.monotonic() - began:.1f} s")
     _say_confinement(result)
     failed = [one for one in rows if not one["correct"]]
@@ -121,8 +119,6 @@ def _model(given: dict[str, Any]) -> int:
     from unisd_megatron.evaluate.model import evaluate as carry_out
 
     result = carry_out(settings, task, records)
-    if commands.leads() and settings.output_dir is not None:
-        report.write(settings.output_dir, result)
     commands.say(report.headline(result))
     _say_confinement(result)
     for name in ("retention", "reverse", "fit"):
@@ -132,7 +128,8 @@ def _model(given: dict[str, Any]) -> int:
     for found in result["comparisons"]:
         p = "" if found["mcnemar_p"] is None else f", McNemar p {found['mcnemar_p']:.3g}"
         low, high = (100 * bound for bound in found["interval"])
-        commands.say(f"  against {found['with']}: {100 * found['difference']:+.1f} % ({low:+.1f} to {high:+.1f}){p}")
+        others = f"; other settings: {report.apart(found)}" if found["differ"] else ""
+        commands.say(f"  against {found['with']}: {100 * found['difference']:+.1f} % ({low:+.1f} to {high:+.1f}){p}{others}")
     return 0
 
 

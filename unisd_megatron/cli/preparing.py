@@ -89,4 +89,4 @@ def _order(request: argparse.Namespace) -> Any:
     from unisd_megatron.prepare.order import Order
 
     data = Data(dataset=request.dataset, data_path=request.data_path, num_train_examples=request.num_train_examples)
-    return Order(data, request.semantics, caches, given.get("model_name"))
+    return Order(data, request.semantics, caches, given.get("model_name"), writes=True)

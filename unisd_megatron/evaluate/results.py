@@ -3,25 +3,30 @@
     answers.jsonl, answers.key.json       one row for each question and sample, and everything that shaped them
     retention.jsonl, reverse.jsonl, fit.jsonl, each with its .key.json     where asked for
     table.md, accuracy.png, result.json   written beside and renamed, result.json last: where it is, the rest is complete
+    .lock                                 held by the one process that writes
 
-Written by one process. Running the same command again adds the rows that are missing; other settings are refused.
+Running the same command again adds the rows that are missing; other settings are refused. What is extended, such as by a
+measure more, has no result.json while it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unisd_megatron.data import Record
-from unisd_megatron.errors import CheckFailed, CheckpointError
+from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError
 from unisd_megatron.weights.hf import read_json
 
 Row = dict[str, Any]
-ANSWERS, RESULT = "answers", "result.json"
+ANSWERS, RESULT, LOCK = "answers", "result.json", ".lock"
 
 
 class Ledger:
@@ -83,6 +88,7 @@ class Ledger:
                 raise CheckFailed(f"{self._folder}: could not be written ({error.strerror})") from error
 
     def _write(self, folder: Path, rows: Sequence[Row]) -> None:
+        (folder / RESULT).unlink(missing_ok=True)  # it is not of all rows any more
         if not self._key_file.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_beside(self._key_file, json.dumps(self.key, indent=2) + "\n")
@@ -97,9 +103,29 @@ class Ledger:
             os.fsync(stream.fileno())
 
 
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """The folder, made if it is new, for this process alone. Without a folder nothing.
+
+    Raises `ConfigError` where another process writes it, `CheckpointError` where it holds something else.
+    """
+    if folder is None:
+        yield
+        return
+    if not (folder / f"{ANSWERS}.key.json").is_file():
+        _require_own_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{folder}: another process is writing it ({error.strerror}); wait for that one") from error
+        yield
+
+
 def _require_own_folder(folder: Path) -> None:
     """Raises `CheckpointError` unless the folder is new or empty, and can be written to."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already and holds no answers of `evaluate`; choose another folder")
     parent = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -111,16 +137,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_answers(folder: Path) -> list[Row]:
-    """The rows of a finished evaluation; `CheckpointError` where it is none, or not finished."""
+@dataclass(frozen=True)
+class Finished:
+    """A finished evaluation: its answers, and what shaped them."""
+
+    rows: list[Row]
+    key: dict[str, Any]
+
+
+def read_finished(folder: Path) -> Finished:
+    """Of a folder; `CheckpointError` where it is none, not finished, or not whole."""
     if not (folder / RESULT).is_file():
         raise CheckpointError(f"{folder}: no finished evaluation ({RESULT} is missing)")
-    return Ledger(folder, ANSWERS, read_key(folder)).rows
-
-
-def read_key(folder: Path) -> dict[str, Any]:
-    """What shaped the answers in a folder."""
-    return read_json(folder / f"{ANSWERS}.key.json")
+    key = read_json(folder / f"{ANSWERS}.key.json")
+    rows, wanted = Ledger(folder, ANSWERS, key).rows, read_json(folder / RESULT).get("answers")
+    if len(rows) != wanted:
+        raise CheckpointError(
+            f"{folder}: {ANSWERS}.jsonl holds {len(rows)} answers and {RESULT} speaks of {wanted}; run that evaluation again"
+        )
+    return Finished(rows, key)
 
 
 def write_beside(path: Path, content: str) -> None:
@@ -141,21 +176,3 @@ def digest(parts: Iterable[Any]) -> str:
 def records_digest(records: Iterable[Record]) -> str:
     """The same for what a task has loaded."""
     return digest([record.id, dict(record.fields)] for record in records)
-
-
-def folder_digest(*folders: Path) -> str:
-    """The same for the contents of all files below the folders: configuration, tokenizer and weights of a checkpoint.
-
-    Reads everything, once; a copy elsewhere has the same digest, a folder trained further another.
-    """
-    total = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            relative = path.relative_to(folder)
-            if any(part.startswith(".") and part != ".metadata" for part in relative.parts):
-                continue  # what a hub client keeps beside a snapshot
-            total.update(f"{relative.as_posix()} {path.stat().st_size}\n".encode())
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    total.update(block)
-    return total.hexdigest()[:16]

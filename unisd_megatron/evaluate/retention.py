@@ -19,6 +19,7 @@ from typing import Any
 from unisd_megatron.data import Record, Task
 from unisd_megatron.data.tokens import Tokenizer
 from unisd_megatron.evaluate.reading import completion_log_probs, completion_logits, shared
+from unisd_megatron.evaluate.results import digest
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Axis
 from unisd_megatron.losses import token_divergence, token_log_probs
@@ -33,6 +34,11 @@ class Text:
     sample: int
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all of it."""
+        return digest([self.id, self.sample, self.prompt, self.completion])
 
 
 Measure = Callable[[Text], dict[str, float]]
@@ -58,12 +64,18 @@ def fit(reader: TransformersEngine) -> Measure:
     return lambda text: {"log_prob": float(completion_log_probs(reader, text.prompt, text.completion).double().sum())}
 
 
+def still_read(rows: Sequence[dict[str, Any]], texts: Sequence[Text]) -> int:
+    """How many of the rows, from the first, are of these very texts: answers that were made anew are read anew."""
+    pairs = zip(rows, texts, strict=False)
+    return next((n for n, (row, text) in enumerate(pairs) if row.get("read") != text.digest), min(len(rows), len(texts)))
+
+
 def measured(texts: Sequence[Text], measure: Measure, world: Axis) -> list[dict[str, Any]]:
     """A row for each text, in order, on every rank. Collective over `world`."""
     mine = {str(number): measure(texts[number]) for number in shared(range(len(texts)), world)}
     found = {int(number): values for part in all_gather_json(mine, world) for number, values in part.items()}
     return [
-        {"id": text.id, "sample": text.sample, "tokens": len(text.completion), **found[number]}
+        {"id": text.id, "sample": text.sample, "tokens": len(text.completion), "read": text.digest, **found[number]}
         for number, text in enumerate(texts)
     ]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from unisd_megatron.data import Program, Record, Task, Verdict
-from unisd_megatron.evaluate.judging import verdicts
+from unisd_megatron.evaluate.judging import judging_identity, verdicts
 from unisd_megatron.evaluate.sandbox import Sandbox
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Axis
@@ -24,6 +24,8 @@ class Judge:
         self._workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         runs = isinstance(task.judge(example, task.reference(example)), Program)
         self._sandbox = Sandbox(unsafe=unsafe) if runs else None
+        self.identity = judging_identity(unsafe) if runs else None
+        """What shapes the verdicts on programs; None where answers are no programs."""
 
     @property
     def confinement(self) -> dict[str, list[str]] | None:

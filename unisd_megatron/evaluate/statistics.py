@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 Z_95 = 1.959963984540054
 """The 0.975 quantile of the standard normal distribution."""
-RESAMPLES = 10_000
 KS = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 Interval = tuple[float, float]
 
 
-def wilson(correct: int, total: int) -> Interval:
+def wilson(correct: float, total: float) -> Interval:
     """The 95 % score interval of a proportion of independent trials (Wilson 1927); within [0, 1] however few there are."""
     share, weight = correct / total, Z_95**2 / total
     middle = (share + weight / 2) / (1 + weight)
@@ -25,16 +21,26 @@ def wilson(correct: int, total: int) -> Interval:
     return (0.0 if correct == 0 else middle - half), (1.0 if correct == total else middle + half)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The 95 % percentile interval of the mean when the values, one for each question, are drawn anew with replacement.
+def accuracy_interval(shares: Sequence[float], answers: int) -> Interval:
+    """The 95 % interval of an accuracy from the share of right answers to each question, of so many answers in all.
 
-    Drawn as counts of the distinct values, which is the same distribution and does not grow with the number of questions.
+    Wilson's, of as many independent answers as know as much about it: all of them where each has a question of its own.
     """
-    counts = sorted(Counter(values).items())
-    distinct, times = np.array([value for value, _ in counts]), np.array([n for _, n in counts])
-    drawn = np.random.default_rng(seed).multinomial(len(values), times / len(values), size=RESAMPLES)
-    low, high = np.quantile(drawn @ distinct / len(values), [0.025, 0.975])
-    return float(low), float(high)
+    mean, worth = math.fsum(shares) / len(shares), effective_answers(shares, answers)
+    return wilson(mean * worth, worth)
+
+
+def effective_answers(shares: Sequence[float], answers: int) -> float:
+    """Answers divided by the design effect: how much more the questions' shares vary than those of independent answers would.
+
+    At least an effect of 1. Where the shares do not vary at all they say nothing about it: as many as there are questions.
+    """
+    count = len(shares)
+    if answers == count or min(shares) == max(shares):
+        return count
+    mean = math.fsum(shares) / count
+    of_mean = math.fsum((share - mean) ** 2 for share in shares) / (count - 1) / count
+    return min(answers, mean * (1 - mean) / of_mean)
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
@@ -71,10 +77,43 @@ class Difference:
     p: float | None
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """The difference of accuracy, first minus second, from the share of right answers to each question, in one order."""
+def paired(first: Sequence[float], second: Sequence[float], answers: tuple[int, int] | None = None) -> Difference:
+    """The difference of accuracy, first minus second, from the share of right answers to each question, in one order.
+
+    Args: answers: of each model; None: one to each question.
+    """
+    count = len(first)
     differences = [a - b for a, b in zip(first, second, strict=True)]
     ahead, behind = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    binary = {*first, *second} <= {0.0, 1.0}
-    mean = math.fsum(differences) / len(differences)
-    return Difference(mean, bootstrap(differences), ahead, behind, mcnemar(ahead, behind) if binary else None)
+    answers = answers or (count, count)
+    p = mcnemar(ahead, behind) if answers == (count, count) else None
+    return Difference(math.fsum(differences) / count, _difference_interval(first, second, answers), ahead, behind, p)
+
+
+def _difference_interval(first: Sequence[float], second: Sequence[float], answers: tuple[int, int]) -> Interval:
+    """Newcombe's 95 % interval of a difference of paired proportions (1998, method 10): it does not collapse where none differ.
+
+    The distances from the two accuracies to the ends of their own intervals, added as the sides of a triangle whose angle is
+    the correlation of the questions' shares.
+    """
+    (low, high), (other_low, other_high) = (
+        accuracy_interval(shares, n) for shares, n in zip((first, second), answers, strict=True)
+    )
+    here, there = math.fsum(first) / len(first), math.fsum(second) / len(second)
+    together = _correlation(first, second)
+
+    def side(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * together * one * other + other**2))
+
+    difference = here - there
+    return difference - side(here - low, other_high - there), difference + side(high - here, there - other_low)
+
+
+def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Of the questions' shares, phi where they are 0 or 1; a positive one with Newcombe's correction for continuity."""
+    count, a, b = len(first), math.fsum(first), math.fsum(second)
+    if min(first) == max(first) or min(second) == max(second):
+        return 0.0
+    common = count * math.fsum(x * y for x, y in zip(first, second, strict=True)) - a * b
+    spread = (count * math.fsum(x * x for x in first) - a * a) * (count * math.fsum(y * y for y in second) - b * b)
+    return (max(common - count / 2, 0.0) if common > 0 else common) / math.sqrt(spread)

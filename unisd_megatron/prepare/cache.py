@@ -1,6 +1,7 @@
 """Caches of what a model wrote: JSON lines under a header of all that shaped them, appended as results arrive.
 
-The file's name is a digest of its header, so a cache that is found is the right one. It is written as `.partial` and renamed
+The file's name is a digest of its header, so a cache that is found is the right one; what the model was called stands in the
+header for people and counts for nothing, because its weights are in there too. It is written as `.partial` and renamed
 when complete. A line that a kill has cut is dropped when the work is resumed.
 """
 
@@ -19,11 +20,17 @@ from unisd_megatron.errors import CheckFailed, ConfigError
 
 Header = Mapping[str, Any]
 FORMAT = 1  # of headers and lines; another one is another cache
+_FOR_PEOPLE = "model"  # the entry that shapes nothing
 
 
 def cache_file(cache_dir: str, kind: str, header: Header, suffix: str = ".jsonl") -> Path:
     """Where a cache of this header lies: one folder for each kind, the task in front of the digest."""
-    return Path(cache_dir) / kind / f"{header['task']}-{digest(header)}{suffix}"
+    return Path(cache_dir) / kind / f"{header['task']}-{digest(identity(header))}{suffix}"
+
+
+def identity(header: Header) -> dict[str, Any]:
+    """What makes a cache the one that it is."""
+    return {name: value for name, value in header.items() if name != _FOR_PEOPLE}
 
 
 def digest(value: Any) -> str:
@@ -41,7 +48,7 @@ def read_rows(path: Path, header: Header) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     found, *rows = _whole_lines(path)[0] or [None]
-    if found != dict(header) or len(rows) != header["rows"]:
+    if not _same(found, header) or len(rows) != header["rows"]:
         raise CheckFailed(f"{path}: damaged, it is not the cache that its name says; remove it and prepare it again")
     return rows
 
@@ -63,7 +70,7 @@ class Appending:
             self._stream.close()
             raise ConfigError(f"{self._partial}: another process is writing it; wait for that one") from error
         lines, ends = _whole_lines(self._partial)
-        if lines[:1] != [dict(header)]:
+        if not lines or not _same(lines[0], header):
             self._stream.truncate(0)
             self._write([header])
             self.done = 0
@@ -90,6 +97,10 @@ class Appending:
         if error is None and self.done == self._rows:
             os.replace(self._partial, self._path)
         self._stream.close()
+
+
+def _same(found: Any, header: Header) -> bool:
+    return isinstance(found, dict) and identity(found) == identity(header)
 
 
 def _whole_lines(path: Path) -> tuple[list[Any], list[int]]:

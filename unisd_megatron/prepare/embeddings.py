@@ -18,7 +18,7 @@ from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError, Mis
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.prepare import fingerprint
-from unisd_megatron.prepare.cache import FORMAT, cache_file, partial_of
+from unisd_megatron.prepare.cache import FORMAT, cache_file, identity, partial_of
 from unisd_megatron.prepare.generate import Progress
 from unisd_megatron.prepare.order import Order, missing
 from unisd_megatron.weights.hf import resolve_folder
@@ -74,7 +74,7 @@ def nearest(vectors: Tensor, count: int) -> list[list[int]]:
 def _identity(order: Order) -> tuple[Path, dict[str, Any], list[str]]:
     """Where the vectors lie, the header beside them, and the texts they are of."""
     texts = [order.task.topic(record) for record in order.pool]
-    model = order.caches.retrieval_model
+    model, cache_dir = order.caches.retrieval_model, order.caches.cache_dir
     header = {
         "kind": KIND,
         "format": FORMAT,
@@ -82,9 +82,9 @@ def _identity(order: Order) -> tuple[Path, dict[str, Any], list[str]]:
         "rows": len(texts),
         "texts": fingerprint.of_texts(texts),
         "model": Path(model).name,
-        "weights": fingerprint.of_folder(_folder(model)),
+        "weights": fingerprint.of_checkpoint(_folder(model), cache_dir=Path(cache_dir)),
     }
-    return cache_file(order.caches.cache_dir, KIND, header, ".safetensors"), header, texts
+    return cache_file(cache_dir, KIND, header, ".safetensors"), header, texts
 
 
 def _folder(model: str) -> Path:
@@ -99,11 +99,11 @@ def _stored(path: Path, header: dict[str, Any]) -> Tensor | None:
     if not path.is_file():
         return None
     try:
-        known = json.loads(path.with_suffix(".json").read_text())
+        known = identity(json.loads(path.with_suffix(".json").read_text()))
         vectors = load_file(path)["embeddings"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckFailed(f"{path}: damaged ({error}); remove it and prepare it again") from error
-    if known != header or len(vectors) != header["rows"]:
+    if known != identity(header) or len(vectors) != header["rows"]:
         raise CheckFailed(f"{path}: damaged, it is not the cache that its name says; remove it and prepare it again")
     return vectors
 

