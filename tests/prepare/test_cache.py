@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from unisd_megatron.convert import fingerprint
 from unisd_megatron.data import Record
 from unisd_megatron.errors import CheckFailed, ConfigError
-from unisd_megatron.prepare import fingerprint
 from unisd_megatron.prepare.cache import Appending, cache_file, partial_of, read_rows
 from unisd_megatron.weights.tiny import write_tiny
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from unisd_megatron.config import Layout
+from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Record, Task
@@ -31,7 +32,6 @@ from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
 from unisd_megatron.mcore.platform import Platform
-from unisd_megatron.prepare import fingerprint
 from unisd_megatron.rollout.colocated import ColocatedEngine
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
 from unisd_megatron.rollout.transformers import TransformersEngine

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from unisd_megatron.convert import fingerprint
 from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError, MissingDependency
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start
-from unisd_megatron.prepare import fingerprint
 from unisd_megatron.prepare.cache import FORMAT, cache_file, identity, partial_of
 from unisd_megatron.prepare.generate import Progress
 from unisd_megatron.prepare.order import Order, missing

@@ -18,13 +18,13 @@ from unisd_megatron.config import (
     Caches,
     Data,
 )
+from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, open_source
 from unisd_megatron.data import TASKS, Record, Task
 from unisd_megatron.data.contexts import pool_of
 from unisd_megatron.data.task import Semantics
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.mcore import platform as platforms
-from unisd_megatron.prepare import fingerprint
 from unisd_megatron.prepare.cache import FORMAT
 
 Kind = Literal["negatives", "induction", "embeddings"]
