@@ -37,3 +37,12 @@ def world() -> Iterator[World]:
 def golden() -> dict[str, Any]:
     """What the released UniSD trainer computed on fixed tensors (unisd.md 1.13)."""
     return json.loads((Path(__file__).parent / "golden" / "released_loss.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def no_queue_for_later_workers() -> Iterator[None]:
+    """Megatron's checkpoint writer keeps a queue in its process; workers forked from this one must not share it."""
+    yield
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None

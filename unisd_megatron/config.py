@@ -158,6 +158,14 @@ EMBEDDING_CACHE = frozenset({"retrieval_model"})
 WRITTEN_CACHE = frozenset({"cache_seed", "cache_temperature", "cache_engine"})
 """Settings of one kind of cache; the last are of what a model writes: negatives and instructions."""
 
+CacheKind = Literal["negatives", "induction", "embeddings"]
+CACHE_SETTINGS: Mapping[CacheKind, frozenset[str]] = {
+    "negatives": NEGATIVE_CACHE | WRITTEN_CACHE,
+    "induction": INDUCTION_CACHE | WRITTEN_CACHE,
+    "embeddings": EMBEDDING_CACHE,
+}
+"""Settings that shape each kind of cache."""
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from unisd_megatron.cli import main
-from unisd_megatron.cli.parser import given_settings, parse
-from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.modes import MODES
-from unisd_megatron.resolve import resolve
-from unisd_megatron.train.build import write_run_file
-from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import byte_tokenizer, write_tiny
+
+pytestmark = pytest.mark.usefixtures("no_queue_for_later_workers")
 
 TRAIN: dict[str, str | None] = {
     "--mode": "vanilla",
@@ -67,13 +61,6 @@ class Desk:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_text(text)
         return name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_queue_for_later_workers() -> Iterator[None]:
-    """Megatron's checkpoint writer keeps a queue in its process; workers forked from this one must not share it."""
-    yield
-    filesystem_async._results_queue = None
 
 
 @pytest.fixture(scope="session")
@@ -396,75 +383,3 @@ def test_the_other_subcommands_refuse(desk: Desk, name: str) -> None:
     desk.write("rows.jsonl", json.dumps(MBPP_ROW))
     desk.write("train.jsonl", json.dumps(MBPP_ROW | {"task_id": 601}))
     desk.refused(arguments.split(), *words)
-
-
-def test_every_flag_has_every_spelling() -> None:
-    for group, item in all_settings():
-        kind, choices, _ = setting_type(GROUPS[group], item.name)
-        value = [] if kind is bool else [choices[0] if choices else {int: "3", float: "0.5", str: "x"}[kind]]
-        first, *rest = item.name.split("_")
-        spellings = {item.name, item.name.replace("_", "-"), "-".join([first, "_".join(rest)] if rest else [first])}
-        parsed = [given_settings(parse(["train", f"--{name}", *value]))[0] for name in spellings]
-        parsed += [given_settings(parse(["train", f"--{name}={value[0]}"]))[0] for name in spellings if value]
-        assert all(list(flags) == [item.name] and flags == parsed[0] for flags in parsed), item.name
-
-
-@pytest.fixture(scope="module")
-def earlier(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run, asked for by a file and by flags that contradict it."""
-    folder = tmp_path_factory.mktemp("earlier")
-    settings = "learning-rate: 1e-3\nmax_steps: 7\nmode: unisd_star\nnum_auxiliary_contexts: 2\nfewshot_method: random\n"
-    (folder / "settings.yaml").write_text(settings)
-    changes = {"--mode": None, "--model_name": str(tiny_folder), "--output_dir": str(folder / "run")}
-    assert main(command(changes | {"--config": str(folder / "settings.yaml")})) == 0
-    return folder / "run"
-
-
-def test_the_command_line_wins_and_origins_are_recorded(earlier: Path) -> None:
-    record = json.loads((earlier / "run.json").read_text())
-    assert record["settings"]["max_steps"] == len(read_metrics(earlier)) == 1
-    assert record["settings"]["learning_rate"] == 1e-3
-    expected = {"max_steps": "flag", "learning_rate": "file", "mode": "file", "teacher": "mode", "alpha": "default"}
-    assert {name: record["origins"][name] for name in expected} == expected
-    assert record["origins"].keys() == record["settings"].keys()
-
-
-def test_run_json_repeats_the_run(earlier: Path, tmp_path: Path) -> None:
-    assert main(["train", "--config", str(earlier / "run.json"), "--output_dir", str(tmp_path / "again")]) == 0
-    first, again = (json.loads((folder / "run.json").read_text())["settings"] for folder in (earlier, tmp_path / "again"))
-    assert again == first | {"output_dir": str(tmp_path / "again")}
-    assert [row["loss"] for row in read_metrics(tmp_path / "again")] == [row["loss"] for row in read_metrics(earlier)]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> None:
-    contexts = {"num_auxiliary_contexts": 2} if MODES[mode].agreement else {}
-    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "temperature": 0.9, **contexts}, {})
-    write_run_file(run, tmp_path, {})
-    again = resolve(*given_settings(parse(["train", "--config", str(tmp_path / "run.json"), "--output-dir", "o"])))
-    assert again == run
-
-
-HELP = """import sys, unisd_megatron.cli as c
-try: c.main(sys.argv[1:])
-except SystemExit as end: sys.exit(end.code or 10 * ('torch' in sys.modules))"""
-COMMANDS = [
-    "",
-    "train",
-    "tiny",
-    "convert",
-    "convert import",
-    "convert export",
-    "verify",
-    "parity",
-    "parity golden",
-    "evaluate",
-    "prepare negatives",
-]
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_help_of_every_subcommand_loads_no_torch(words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", HELP, *words.split(), "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert f"usage: unisd {words}".strip() in done.stdout

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from unisd_megatron.cli import main
 from unisd_megatron.config import Caches, Data
@@ -28,6 +27,8 @@ from unisd_megatron.rollout.engine import Sampling, sequence_seed
 from unisd_megatron.rollout.replay import ReplayEngine, rollout_file
 from unisd_megatron.weights.tiny import EOS_ID, byte_tokenizer, write_tiny
 from world import World
+
+pytestmark = pytest.mark.usefixtures("no_queue_for_later_workers")
 
 pytest.importorskip("xgrammar")
 ALONE = Grid(*[Axis()] * 9, torch.device("cpu"))
@@ -43,13 +44,6 @@ ROWS = [
 ]
 SHORT = ["--dataset", "cos_e", "--data_path", "rows.jsonl", "--model_name", "model", "--negatives_per_example", "2"]
 SHORT += ["--negative_max_length", "150"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_queue_for_later_workers() -> Iterator[None]:
-    """Megatron's checkpoint writer keeps a queue in its process; workers forked from this one must not share it."""
-    yield
-    filesystem_async._results_queue = None
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,16 +31,11 @@ from unisd_megatron.weights.hf import HfFolder, new_folder, save_folder
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
+pytestmark = pytest.mark.usefixtures("no_queue_for_later_workers")
+
 FAMILIES = ("qwen2", "llama")
 KINDS = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16", "float16")]
 TEMPERATURE = 0.7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_queue_for_later_workers() -> Iterator[None]:
-    """Megatron's checkpoint writer keeps a queue in its process; workers forked from this one must not share it."""
-    yield
-    filesystem_async._results_queue = None
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,7 @@ from typing import Any
 
 from unisd_megatron.cli.commands import prepare_libraries, say
 from unisd_megatron.cli.flags import Parser, command, flag
-from unisd_megatron.config import (
-    EMBEDDING_CACHE,
-    INDUCTION_CACHE,
-    NEGATIVE_CACHE,
-    WRITTEN_CACHE,
-    Caches,
-    Data,
-    setting_type,
-)
+from unisd_megatron.config import CACHE_SETTINGS, Caches, Data, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.validation import validate_caches
 
@@ -26,13 +18,13 @@ def add_prepare(subparsers: Any) -> None:
     parser = subparsers.add_parser("prepare", help="Caches that training reads: negatives, instructions, embeddings.")
     ways = parser.add_subparsers(dest="way", required=True, metavar="negatives|induction|embeddings", parser_class=Parser)
     one = command(ways, "negatives", negatives, "Wrong solutions written by the model, each shown to be wrong.")
-    _add_flags(one, NEGATIVE_CACHE | WRITTEN_CACHE)
+    _add_flags(one, CACHE_SETTINGS["negatives"])
     _add_model(one)
     one = command(ways, "induction", induction, "Instructions that the model induces from solved examples.")
-    _add_flags(one, INDUCTION_CACHE | WRITTEN_CACHE)
+    _add_flags(one, CACHE_SETTINGS["induction"])
     _add_model(one)
     one = command(ways, "embeddings", embeddings, "Embeddings of the questions, for --fewshot_method retrieval.")
-    _add_flags(one, EMBEDDING_CACHE)
+    _add_flags(one, CACHE_SETTINGS["embeddings"])
 
 
 def _add_flags(parser: argparse.ArgumentParser, names: frozenset[str]) -> None:

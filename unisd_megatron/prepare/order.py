@@ -6,18 +6,10 @@ import shlex
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from unisd_megatron.config import (
-    EMBEDDING_CACHE,
-    INDUCTION_CACHE,
-    NEGATIVE_CACHE,
-    WRITTEN_CACHE,
-    Caches,
-    Data,
-)
+from unisd_megatron.config import CACHE_SETTINGS, CacheKind, Caches, Data
 from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, open_source
 from unisd_megatron.data import TASKS, Record, Task
@@ -26,14 +18,6 @@ from unisd_megatron.data.task import Semantics
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.prepare.cache import FORMAT
-
-Kind = Literal["negatives", "induction", "embeddings"]
-SETTINGS: dict[Kind, frozenset[str]] = {
-    "negatives": NEGATIVE_CACHE | WRITTEN_CACHE,
-    "induction": INDUCTION_CACHE | WRITTEN_CACHE,
-    "embeddings": EMBEDDING_CACHE,
-}
-"""Settings that shape each kind of cache."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +57,9 @@ class Order:
         assert self.model_name is not None
         return open_source(self.model_name)
 
-    def written_header(self, kind: Kind, rows: int, prompts: list[str]) -> dict[str, object]:
+    def written_header(self, kind: CacheKind, rows: int, prompts: list[str]) -> dict[str, object]:
         """All that shapes what the model writes in answer to the prompts."""
-        source, settings = self.source, {name: getattr(self.caches, name) for name in sorted(SETTINGS[kind])}
+        source, settings = self.source, {name: getattr(self.caches, name) for name in sorted(CACHE_SETTINGS[kind])}
         cache_dir = Path(self.caches.cache_dir)
         if self.writes:  # so that the weights are read in full once, and not by the run again
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -93,21 +77,21 @@ class Order:
             **settings,
         }
 
-    def command(self, kind: Kind) -> str:
+    def command(self, kind: CacheKind) -> str:
         """The command line that prepares this."""
         words = ["unisd", "prepare", kind, "--dataset", self.data.dataset or ""]
         model = None if kind == "embeddings" else self.model_name
         stated = {"data_path": self.data.data_path, "num_train_examples": self.data.num_train_examples, "model_name": model}
         stated |= {"semantics": self.semantics if self.semantics != "corrected" else None}
         for item in fields(Caches):
-            if item.name in SETTINGS[kind] | {"cache_dir"}:
+            if item.name in CACHE_SETTINGS[kind] | {"cache_dir"}:
                 value = getattr(self.caches, item.name)
                 stated[item.name] = value if value != item.default else None
         words += [word for name, value in stated.items() if value is not None for word in (f"--{name}", str(value))]
         return shlex.join(words)
 
 
-def missing(order: Order, kind: Kind, path: Path) -> ConfigError:
+def missing(order: Order, kind: CacheKind, path: Path) -> ConfigError:
     """The error of a run that needs a cache which is not there."""
     return ConfigError(f"{path}: not prepared yet; run `{order.command(kind)}` first")
 

@@ -96,10 +96,6 @@ class Server:
         """Every worker joins the transfer group that `info` describes; returns when all have, so join it meanwhile."""
         self._json("POST", "/init_weight_transfer_engine", {"init_info": dict(info)})
 
-    def shutdown_weight_transfer(self) -> None:
-        """The workers leave the transfer group."""
-        self._json("POST", "/shutdown_weight_transfer_engine")
-
     def start_weight_update(self) -> None:
         """Opens an update; `update_weights` may follow any number of times."""
         self._json("POST", "/start_weight_update")
