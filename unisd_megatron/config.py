@@ -268,6 +268,7 @@ class Schedule:
     output_dir: str | None = setting(None, "folder of the run; must not hold another run")
     max_steps: int | None = setting(None, "optimizer steps; default: --num_train_epochs passes over the data")
     num_train_epochs: float = setting(1.0, "passes over the data when --max_steps is not given")
+    distributed_timeout_minutes: float = setting(10.0, "minutes that a rank waits for the others before it takes them for lost")
     seed: int = setting(42, "seed of data order, sampling and contexts")
     save_steps: int = setting(0, "optimizer steps between checkpoints; 0: only at the end")
     save_total_limit: int = setting(2, "checkpoints kept; 0: all")
@@ -342,7 +343,7 @@ VLLM_COLOCATE = frozenset(f.name for f in dataclasses.fields(Vllm)) - VLLM_SERVE
 
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
-    | {"output_dir", "save_steps", "save_total_limit", "async_save", "eval_steps", "eval_examples", "eval_data_path"}
+    | {"distributed_timeout_minutes", "output_dir", "save_steps", "save_total_limit", "async_save", "eval_steps", "eval_examples", "eval_data_path"}
     | {
         "resume_from_checkpoint",
         "export_hf",

@@ -29,5 +29,9 @@ class MissingDependency(RequestError):
     """An optional library is needed and absent; the message carries the install line."""
 
 
+class LostContact(UnisdError):
+    """Another rank is gone or cannot be reached: its process, its host or the network between. Nothing is wrong here."""
+
+
 class CheckFailed(UnisdError):
     """A check of the program on itself did not hold: a non-finite loss, stale rollout weights, parity."""

@@ -85,6 +85,11 @@ def _validate_rollout(run: Run, world_size: int) -> None:
         )
     if vllm.vllm_mode == "server" and not server_urls(run):
         raise ConfigError("--vllm_mode server needs --vllm_server_urls http://host:port[,...]; tools/serve_vllm.py starts one")
+    if vllm.vllm_mode == "server" and run.schedule.distributed_timeout_minutes < 2:
+        raise ConfigError(
+            "--vllm_mode server: the ranks hear from rank 0 every minute while servers work; --distributed-timeout-minutes "
+            f"{run.schedule.distributed_timeout_minutes:g} is too short, use 2 or more"
+        )
     wrong = [url for url in server_urls(run) if not url.startswith(("http://", "https://"))]
     if wrong:
         raise ConfigError(f"--vllm_server_urls: {wrong[0]} is no URL; use http://host:port")
@@ -163,6 +168,7 @@ def _validate_ranges(run: Run) -> None:
             min(run.schedule.save_steps, run.schedule.eval_steps, run.schedule.save_total_limit) >= 0,
             "step counts must not be negative",
         ),
+        (run.schedule.distributed_timeout_minutes > 0, "--distributed-timeout-minutes must be positive"),
         (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
     ]
     for holds, message in checks:

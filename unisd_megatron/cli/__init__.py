@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from unisd_megatron.errors import RequestError, UnisdError
+from unisd_megatron.errors import LostContact, RequestError, UnisdError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
         return request.command(request)
+    except LostContact as error:
+        _end_without_peers(error)
+        return 1
     except UnisdError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
@@ -25,3 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"unisd{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, RequestError) else 1
+
+
+def _end_without_peers(error: LostContact) -> None:
+    """Says it once for each host and ends the process at once: destructors of groups, engines and threads wait for peers."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)  # the host's first rank speaks, and torchrun ends the others; unless that rank is not hit
+    print(f"unisd: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(1)

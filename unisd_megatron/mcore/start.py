@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 
 from unisd_megatron.config import Layout
+from unisd_megatron.errors import LostContact
 from unisd_megatron.grid import Axis, Grid
+from unisd_megatron.mcore import contact
 from unisd_megatron.mcore.platform import Platform
 
-TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT_MINUTES = 10.0  # Megatron-LM's
+ARRIVAL = datetime.timedelta(minutes=30)  # before there are groups, a host may still be downloading the model
 
 
 def world_size_from_environment() -> int:
@@ -25,28 +28,46 @@ def world_size_from_environment() -> int:
 
 
 @contextlib.contextmanager
-def world(platform: Platform, layout: Layout, seed: int) -> Iterator[Grid]:
+def world(platform: Platform, layout: Layout, seed: int, timeout_minutes: float = TIMEOUT_MINUTES) -> Iterator[Grid]:
     """The process groups of the layout and this process's `Grid`, taken down at the end. Collective over all ranks.
 
-    A process group that is running already is used, and left running.
+    A process group that is running already is used, and left running, with its own timeout.
+    Raises `LostContact` where a rank is gone, or was waited for longer than `timeout_minutes`.
     """
-    ours = not dist.is_initialized()
-    if ours:
-        if platform.backend == "nccl":
-            torch.cuda.set_device(platform.device)
-        if "RANK" in os.environ:
-            dist.init_process_group(_backends(platform), timeout=TIMEOUT)
-        else:
-            dist.init_process_group(_backends(platform), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    ours = leave = not dist.is_initialized()
     try:
-        yield make_grid(platform, layout, seed)
+        with contact.explained():
+            if ours:
+                if platform.backend == "nccl":
+                    torch.cuda.set_device(platform.device)
+                _join(platform, datetime.timedelta(minutes=timeout_minutes))
+            yield make_grid(platform, layout, seed, timeout_minutes)
+    except LostContact:
+        leave = False  # it would wait for those that are gone
+        raise
     finally:
-        if ours:
-            from megatron.core import parallel_state
+        if leave:
+            _leave()
 
-            parallel_state.destroy_model_parallel()  # else a process forked from this one would take its groups for alive
-            if dist.is_initialized():  # a colocated vLLM takes it down with itself
-                dist.destroy_process_group()
+
+def _join(platform: Platform, timeout: datetime.timedelta) -> None:
+    """The default process group, once every rank is there."""
+    if "RANK" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://", timeout=ARRIVAL))
+        store.set(f"unisd arrived {rank}", "")
+        store.wait([f"unisd arrived {one}" for one in range(size)], ARRIVAL)
+        store.set_timeout(timeout)
+    else:
+        store, rank, size = dist.HashStore(), 0, 1
+    dist.init_process_group(_backends(platform), store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()  # else a process forked from this one would take its groups for alive
+    if dist.is_initialized():  # a colocated vLLM takes it down with itself
+        dist.destroy_process_group()
 
 
 def _backends(platform: Platform) -> str:
@@ -54,7 +75,7 @@ def _backends(platform: Platform) -> str:
     return "cpu:gloo,cuda:nccl" if platform.backend == "nccl" else "gloo"
 
 
-def _replica_group(layout: Layout) -> dist.ProcessGroup:
+def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
     """The ranks that share a batch. Megatron's model-parallel group leaves context-parallel ranks out."""
     from megatron.core import parallel_state
 
@@ -65,11 +86,11 @@ def _replica_group(layout: Layout) -> dist.ProcessGroup:
     dist.all_gather(everyone, mine)
     replicas = [int(one) for one in everyone]
     members = [[rank for rank, replica in enumerate(replicas) if replica == number] for number in sorted(set(replicas))]
-    group, _ = dist.new_subgroups_by_enumeration(members)
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=datetime.timedelta(minutes=timeout_minutes))
     return group
 
 
-def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
+def make_grid(platform: Platform, layout: Layout, seed: int, timeout_minutes: float = TIMEOUT_MINUTES) -> Grid:
     """(Re)initialises Megatron's groups in the running world."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
@@ -83,6 +104,7 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.tensor_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     megatron_random.initialize_rng_tracker(force_reset=True)
     megatron_random.model_parallel_cuda_manual_seed(seed)
@@ -99,7 +121,7 @@ def make_grid(platform: Platform, layout: Layout, seed: int) -> Grid:
         data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         expert=axis(parallel_state.get_expert_model_parallel_group()),
         expert_data=axis(parallel_state.get_expert_data_parallel_group()),
-        replica=axis(_replica_group(layout)),
+        replica=axis(_replica_group(layout, timeout_minutes)),
         world=Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD if dist.get_world_size() > 1 else None),
         device=platform.device,
         sequence_parallel=layout.sequence_parallel,

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from unisd_megatron.mcore import start
 from unisd_megatron.rollout.engine import Sampling, sequence_seed
 from unisd_megatron.rollout.replay import require_recordings, rollout_file
 from unisd_megatron.rollout.servers import ServerEngine
-from unisd_megatron.train import checkpoint
+from unisd_megatron.train import checkpoint, course
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
 from unisd_megatron.train.metrics import EVALUATIONS, Journal, rewrite_rows
 from unisd_megatron.train.step import Parts, Report, train_step
@@ -43,7 +44,8 @@ def train(run: Run) -> None:
     first = int(checkpoint.read_state(resume)["steps_done"]) if resume is not None else 0
     if run.rollout.rollout == "replay":
         require_recordings(Path(run.rollout.replay_path or ""), range(first, prepared.max_steps))
-    with start.world(platform, run.layout, run.schedule.seed) as grid:
+    minutes = run.schedule.distributed_timeout_minutes
+    with course.told(output) as where, start.world(platform, run.layout, run.schedule.seed, minutes) as grid:
         parts = assemble(run, prepared, platform, grid)
         with contextlib.closing(parts.rollouts.engine):
             if resume is not None:
@@ -55,7 +57,7 @@ def train(run: Run) -> None:
                     journal.say(note)
                 parts.rollouts.engine.tell = journal.say
             try:
-                _steps(parts, prepared, first, output, journal, held_out)
+                _steps(parts, prepared, where.steps(range(first, prepared.max_steps)), output, journal, held_out)
             finally:
                 if journal is not None:
                     journal.close()
@@ -96,12 +98,12 @@ def _check_output(run: Run, prepared: Prepared) -> tuple[Path, Path | None]:
 
 
 def _steps(
-    parts: Parts, prepared: Prepared, first: int, output: Path, journal: Journal | None, held_out: HeldOut | None
+    parts: Parts, prepared: Prepared, steps: Iterator[int], output: Path, journal: Journal | None, held_out: HeldOut | None
 ) -> None:
     schedule = parts.run.schedule
     saver = checkpoint.Saver(parts.learner, parts.run, prepared.identity)
     try:
-        for step in range(first, prepared.max_steps):
+        for step in steps:
             saver.finish(wait=False)
             if held_out is not None and step % schedule.eval_steps == 0:
                 _evaluate(parts, prepared, step, output, journal, held_out)
