@@ -343,18 +343,10 @@ VLLM_COLOCATE = frozenset(f.name for f in dataclasses.fields(Vllm)) - VLLM_SERVE
 
 RESUME_MAY_CHANGE = frozenset(
     {f.name for f in dataclasses.fields(Layout)} - {"global_batch_size", "bf16", "use_distributed_optimizer"}
-    | {
-        "distributed_timeout_minutes",
-        "output_dir",
-        "save_steps",
-        "save_total_limit",
-        "async_save",
-        "eval_steps",
-        "eval_examples",
-        "eval_data_path",
-    }
+    | {"output_dir", "save_steps", "save_total_limit", "async_save", "eval_steps", "eval_examples", "eval_data_path"}
     | {
         "resume_from_checkpoint",
+        "distributed_timeout_minutes",
         "export_hf",
         "save_rollouts",
         "max_logp_gap",
