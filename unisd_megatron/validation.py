@@ -85,10 +85,11 @@ def _validate_rollout(run: Run, world_size: int) -> None:
         )
     if vllm.vllm_mode == "server" and not server_urls(run):
         raise ConfigError("--vllm_mode server needs --vllm_server_urls http://host:port[,...]; tools/serve_vllm.py starts one")
-    if vllm.vllm_mode == "server" and run.schedule.distributed_timeout_minutes < 2:
+    silent_s = 2 * max(60.0, vllm.vllm_server_timeout)
+    if vllm.vllm_mode == "server" and 60 * run.schedule.distributed_timeout_minutes < silent_s:
         raise ConfigError(
-            "--vllm_mode server: the ranks hear from rank 0 every minute while servers work; --distributed-timeout-minutes "
-            f"{run.schedule.distributed_timeout_minutes:g} is too short, use 2 or more"
+            f"--distributed-timeout-minutes {run.schedule.distributed_timeout_minutes:g} is too short: while rank 0 learns that "
+            f"a server is lost the others wait; use {silent_s / 60:g} or more, or a smaller --vllm_server_timeout"
         )
     wrong = [url for url in server_urls(run) if not url.startswith(("http://", "https://"))]
     if wrong:

@@ -160,6 +160,11 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no servers": ({**SERVERS, "--vllm_server_urls": None}, ["--vllm_server_urls http://host:port", "tools/serve_vllm.py"]),
     "no url": ({**SERVERS, "--vllm_server_urls": "a:80"}, ["a:80 is no URL"]),
     "a server twice": ({**SERVERS, "--vllm_server_urls": "http://a:80,http://a:80/"}, ["names a server twice"]),
+    "ranks less patient than rank 0": (
+        {**SERVERS, "--distributed-timeout-minutes": "9.5"},
+        ["--distributed-timeout-minutes 9.5 is too short", "use 10 or more"],
+    ),
+    "no patience": ({"--distributed-timeout-minutes": "0"}, ["--distributed-timeout-minutes must be positive"]),
     "idle in server mode": ({**SERVERS, "--vllm_tensor_parallel_size": "2"}, ["it acts with --vllm_mode colocate"]),
     "idle when colocated": ({"--use_vllm": "", "--max_rollout_lag": "1"}, ["--max_rollout_lag", "--vllm_mode server"]),
     "idle lag": ({"--max_rollout_lag": "1"}, ["--max_rollout_lag", "it acts with --use_vllm --vllm_mode server"]),
