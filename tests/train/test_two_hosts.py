@@ -32,7 +32,7 @@ FLAGS: dict[str, Any] = {
     "max_steps": 8,
     "save_steps": 2,
 }
-TIMEOUT_MINUTES = 0.4
+TIMEOUT_MINUTES = 0.5  # a busy machine takes seconds for a step
 PATIENCE_S = 400.0  # of the test, for all that a start may take on a busy machine
 Both = tuple[Host, Host]
 
@@ -48,7 +48,7 @@ class Stop:
 
     def lines(self, host: int) -> list[str]:
         """What the run itself says on a host, beside torchrun."""
-        return [line for line in self.logs[host].splitlines() if line.startswith("unisd")]
+        return [line for line in self.logs[host].splitlines() if line.startswith("unisd:")]
 
 
 @dataclass
@@ -139,7 +139,7 @@ def test_the_link_goes_silent(stops: tuple[Path, list[Stop]]) -> None:
     stop = stops[1][1]
     assert stop.statuses == [1, 1] and stop.left == []
     for host in (0, 1):
-        assert_says_it(stop, host, "Timed out waiting 24000ms")
+        assert_says_it(stop, host, "Timed out waiting 30000ms")
 
 
 def assert_says_it(stop: Stop, host: int, cause: str) -> None:
