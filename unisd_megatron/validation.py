@@ -88,8 +88,8 @@ def _validate_rollout(run: Run, world_size: int) -> None:
     silent_s = 2 * max(60.0, vllm.vllm_server_timeout)
     if vllm.vllm_mode == "server" and 60 * run.schedule.distributed_timeout_minutes < silent_s:
         raise ConfigError(
-            f"--distributed-timeout-minutes {run.schedule.distributed_timeout_minutes:g} is too short: while rank 0 learns that "
-            f"a server is lost the others wait; use {silent_s / 60:g} or more, or a smaller --vllm_server_timeout"
+            f"--distributed-timeout-minutes {run.schedule.distributed_timeout_minutes:g} is too short: the others wait while "
+            f"rank 0 learns that a server is lost; use {silent_s / 60:g} or more, or a smaller --vllm_server_timeout"
         )
     wrong = [url for url in server_urls(run) if not url.startswith(("http://", "https://"))]
     if wrong:
