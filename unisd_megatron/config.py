@@ -118,6 +118,44 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Accelerator:
+    """What a GPU is asked to use (Megatron's names). Left out: what is installed and makes sense, said at start."""
+
+    transformer_impl: Literal["transformer_engine", "local"] | None = setting(
+        None, "modules of a layer; left out: Transformer Engine's where it is installed and covers the model in bf16"
+    )
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = setting(
+        "auto",
+        "attention kernels: flash-attn's, cuDNN's through Transformer Engine, or matrix products; auto: the best",
+    )
+    gradient_accumulation_fusion: bool | None = setting(
+        None, "weight gradients added to the fp32 buffer by the matrix product itself; left out: where Apex's kernel is there"
+    )
+    tp_comm_overlap: bool = setting(
+        False, "tensor-parallel communication under matrix products (pads every row of a step to one length)"
+    )
+    overlap_grad_reduce: bool | None = setting(
+        None, "gradients reduced over data-parallel ranks during the backward pass; left out: on GPUs with replicas"
+    )
+    overlap_param_gather: bool | None = setting(
+        None, "new weights gathered until something reads them; left out: on GPUs with the distributed optimizer"
+    )
+    fp8_format: Literal["hybrid", "e4m3"] | None = setting(
+        None, "the student's matrix products in FP8: e4m3 forward and e5m2 backward, or e4m3 throughout (Hopper)"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = setting(
+        None, "how FP8 is scaled: by past maxima, by each tensor's, or by blocks of 128; left out: tensorwise"
+    )
+    fp8_param_gather: bool = setting(False, "keep and gather weights in FP8 (fp32 main parameters stay in the optimizer)")
+    teacher_fp8: bool = setting(False, "the teacher's matrix products in FP8, whatever the student's are in")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether anything is computed in FP8."""
+        return self.fp8_format is not None or self.teacher_fp8
+
+
+@dataclass(frozen=True)
 class Data:
     """Which questions, and what the teacher sees beside them."""
 
@@ -287,6 +325,7 @@ class Run:
     mode: str
     model_name: str
     layout: Layout
+    accelerator: Accelerator
     data: Data
     caches: Caches
     rollout: Rollout
@@ -326,6 +365,7 @@ class Run:
 
 GROUPS: dict[str, type] = {
     "layout": Layout,
+    "accelerator": Accelerator,
     "data": Data,
     "caches": Caches,
     "rollout": Rollout,
@@ -356,6 +396,7 @@ RESUME_MAY_CHANGE = frozenset(
         "teacher_memory",
     }
     | {f.name for f in dataclasses.fields(Vllm)}
+    | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
