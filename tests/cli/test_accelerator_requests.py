@@ -1,4 +1,4 @@
-"""Settings of GPUs that contradict each other, the layout or this machine, which has none: one line, status 2, nothing written."""
+"""Settings of GPUs that contradict each other, the layout, or this machine, which has none: one line, nothing written."""
 
 from __future__ import annotations
 

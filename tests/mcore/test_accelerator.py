@@ -1,4 +1,4 @@
-"""What a machine has decides what is chosen; every flag of layout and accelerator arrives in a field of Megatron's configuration.
+"""What a machine has decides what is chosen; every flag of layout and accelerator arrives in Megatron's configuration.
 
 No GPU here: machines are described by what a probe of them would find.
 """

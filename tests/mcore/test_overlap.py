@@ -1,4 +1,4 @@
-"""Overlapping communication changes no bit of the weights, and a rank's pieces of the main parameters make the whole weights."""
+"""Overlapping communication changes no bit of the weights, and the pieces of the main parameters make the whole weights."""
 
 from __future__ import annotations
 
