@@ -5,13 +5,17 @@ No GPU here: machines are described by what a probe of them would find.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core import fp8_utils
 from megatron.core.transformer.enums import AttnBackend
 
 from unisd_megatron.config import Accelerator, Layout
@@ -221,6 +225,47 @@ def test_no_flag_is_without_its_row() -> None:
 def test_delayed_scaling_looks_as_far_back_as_transformer_engine_does() -> None:
     fields = configured({"fp8_format": "hybrid", "fp8_recipe": "delayed"})
     assert (fields["model.fp8_amax_history_len"], fields["model.fp8_amax_compute_algo"]) == (1024, "max")
+
+
+# Fields of the recipes of Transformer Engine 2.20.2 that a caller may set.
+SHARED = {"fp8_format", "fp8_dpa", "fp8_mha", "backward_override"}
+RECIPES = {
+    "delayed": SHARED | {"margin", "amax_history_len", "amax_compute_algo", "scaling_factor_compute_algo", "reduce_amax"},
+    "tensorwise": SHARED | {"use_power_2_scales"},
+    "blockwise": SHARED | {"use_f32_scales", "x_block_scaling_dim", "w_block_scaling_dim", "grad_block_scaling_dim"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_megatron_hands_transformer_engine_what_its_recipes_take(recipe: str) -> None:
+    """Megatron's own function, which it defines only beside Transformer Engine, with recipes that take no more than the table."""
+    made: list[tuple[str, dict[str, Any]]] = []
+    source = ast.parse(inspect.getsource(fp8_utils))
+    function = next(one for one in ast.walk(source) if isinstance(one, ast.FunctionDef) and one.name == "get_fp8_recipe")
+
+    def taking(name: str) -> Any:
+        return lambda **given: made.append((name, given))
+
+    recipes = SimpleNamespace(
+        Format=SimpleNamespace(E4M3="E4M3", HYBRID="HYBRID"),
+        Float8CurrentScaling=taking("tensorwise"),
+        Float8BlockScaling=taking("blockwise"),
+    )
+    scope = {
+        **vars(fp8_utils),
+        "transformer_engine": SimpleNamespace(common=SimpleNamespace(recipe=recipes)),
+        "is_te_min_version": lambda version: True,
+        "TEDelayedScaling": taking("delayed"),
+    }
+    exec(compile(ast.Module([function], []), "get_fp8_recipe", "exec"), scope)
+    run = resolve({**ASKED, "fp8_format": "e4m3", "fp8_recipe": recipe}, {})
+    scope["get_fp8_recipe"](
+        transformer_config(arch_of("Qwen2.5-7B-Instruct"), run.layout, decide(run.accelerator, run.layout, FULL, 8))
+    )
+    ((name, given),) = made
+    assert name == recipe and given["fp8_format"] == "E4M3"
+    # Megatron's wrapper of delayed scaling reads the rest from the configuration itself.
+    assert given.keys() - {"config", "override_linear_precision"} <= RECIPES[recipe]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
