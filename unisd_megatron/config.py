@@ -7,19 +7,15 @@ of what was asked for; `validation.validate` sees contradictions before any proc
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unisd_megatron.accelerator import Accelerator as Accelerator
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
-
-
-def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text; `unit`, `short` and `advanced` may be given as metadata."""
-    return field(default=default, metadata={"help": help, **extra})
+from unisd_megatron.setting import setting
+from unisd_megatron.setting import setting_type as setting_type
 
 
 @dataclass(frozen=True)
@@ -115,44 +111,6 @@ class Layout:
                 f"{self.micro_batch_size} x {replicas} data-parallel ranks"
             )
         return self.global_batch_size // (self.micro_batch_size * replicas)
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """What a GPU is asked to use (Megatron's names). Left out: what is installed and makes sense, said at start."""
-
-    transformer_impl: Literal["transformer_engine", "local"] | None = setting(
-        None, "modules of a layer; left out: Transformer Engine's where it is installed and covers the model in bf16"
-    )
-    attention_backend: Literal["auto", "flash", "fused", "unfused"] = setting(
-        "auto",
-        "attention kernels: flash-attn's, cuDNN's through Transformer Engine, or matrix products; auto: the best",
-    )
-    gradient_accumulation_fusion: bool | None = setting(
-        None, "weight gradients added to the fp32 buffer by the matrix product itself; left out: where Apex's kernel is there"
-    )
-    tp_comm_overlap: bool = setting(
-        False, "tensor-parallel communication under matrix products (pads every row of a step to one length)"
-    )
-    overlap_grad_reduce: bool | None = setting(
-        None, "gradients reduced over data-parallel ranks during the backward pass; left out: on GPUs with replicas"
-    )
-    overlap_param_gather: bool | None = setting(
-        None, "new weights gathered until something reads them; left out: on GPUs with the distributed optimizer"
-    )
-    fp8_format: Literal["hybrid", "e4m3"] | None = setting(
-        None, "the student's matrix products in FP8: e4m3 forward and e5m2 backward, or e4m3 throughout (Hopper)"
-    )
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = setting(
-        None, "how FP8 is scaled: by past maxima, by each tensor's, or by blocks of 128; left out: tensorwise"
-    )
-    fp8_param_gather: bool = setting(False, "keep and gather weights in FP8 (fp32 main parameters stay in the optimizer)")
-    teacher_fp8: bool = setting(False, "the teacher's matrix products in FP8, whatever the student's are in")
-
-    @property
-    def fp8(self) -> bool:
-        """Whether anything is computed in FP8."""
-        return self.fp8_format is not None or self.teacher_fp8
 
 
 @dataclass(frozen=True)
@@ -411,14 +369,3 @@ def all_settings() -> Iterator[tuple[str, dataclasses.Field]]:
     for group, cls in GROUPS.items():
         for item in dataclasses.fields(cls):
             yield group, item
-
-
-def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bool]:
-    """`(python type, choices or None, whether None is allowed)` of a field."""
-    hint = typing.get_type_hints(cls)[name]
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    optional = type(None) in arms
-    (arm,) = [a for a in arms if a is not type(None)]
-    if typing.get_origin(arm) is Literal:
-        return str, typing.get_args(arm), optional
-    return arm, None, optional

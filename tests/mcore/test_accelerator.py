@@ -238,7 +238,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_megatron_hands_transformer_engine_what_its_recipes_take(recipe: str) -> None:
-    """Megatron's own function, which it defines only beside Transformer Engine, with recipes that take no more than the table."""
+    """Megatron's own function, which it defines only beside Transformer Engine, with recipes that note what they are given."""
     made: list[tuple[str, dict[str, Any]]] = []
     source = ast.parse(inspect.getsource(fp8_utils))
     function = next(one for one in ast.walk(source) if isinstance(one, ast.FunctionDef) and one.name == "get_fp8_recipe")
