@@ -46,7 +46,8 @@ setup(
         # The other end of the measured range; triton is needed there even without a GPU.
         "latest": ["torch==2.13.0", "megatron-core==0.19.2", "transformers==5.19.0", TRITON],
         "data": ["datasets>=4"],
-        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
+        # Apex, for fused gradient accumulation, is built from source.
+        "gpu": ["transformer-engine[pytorch]>=2.3", "flash-attn"],
         "vllm": ["vllm>=0.32,<0.33"],
         "retrieval": RETRIEVAL,
         "structured": STRUCTURED,

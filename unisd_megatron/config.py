@@ -7,19 +7,15 @@ of what was asked for; `validation.validate` sees contradictions before any proc
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unisd_megatron.accelerator import Accelerator as Accelerator
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
-
-
-def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text; `unit`, `short` and `advanced` may be given as metadata."""
-    return field(default=default, metadata={"help": help, **extra})
+from unisd_megatron.setting import setting
+from unisd_megatron.setting import setting_type as setting_type
 
 
 @dataclass(frozen=True)
@@ -288,6 +284,7 @@ class Run:
     mode: str
     model_name: str
     layout: Layout
+    accelerator: Accelerator
     data: Data
     caches: Caches
     rollout: Rollout
@@ -327,6 +324,7 @@ class Run:
 
 GROUPS: dict[str, type] = {
     "layout": Layout,
+    "accelerator": Accelerator,
     "data": Data,
     "caches": Caches,
     "rollout": Rollout,
@@ -358,6 +356,7 @@ RESUME_MAY_CHANGE = frozenset(
         "teacher_memory",
     }
     | {f.name for f in dataclasses.fields(Vllm)}
+    | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -372,14 +371,3 @@ def all_settings() -> Iterator[tuple[str, dataclasses.Field]]:
     for group, cls in GROUPS.items():
         for item in dataclasses.fields(cls):
             yield group, item
-
-
-def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bool]:
-    """`(python type, choices or None, whether None is allowed)` of a field."""
-    hint = typing.get_type_hints(cls)[name]
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    optional = type(None) in arms
-    (arm,) = [a for a in arms if a is not type(None)]
-    if typing.get_origin(arm) is Literal:
-        return str, typing.get_args(arm), optional
-    return arm, None, optional

@@ -125,6 +125,8 @@ def _refuse_idle_flags(run: Run) -> None:
         (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
         (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
         (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
+        (not run.accelerator.fp8, {"fp8_recipe"}, "--fp8-format or --teacher-fp8"),
+        (run.accelerator.fp8_format is None, {"fp8_param_gather"}, "--fp8-format"),
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
         (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
         (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),

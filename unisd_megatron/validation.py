@@ -12,11 +12,95 @@ from unisd_megatron.modes import MODES
 def validate(run: Run, world_size: int) -> None:
     """Raises `ConfigError` for anything about the settings that is known to be wrong in a world of `world_size` processes."""
     run.layout.validate(world_size)
+    _validate_accelerator(run, world_size)
     _validate_objective(run)
     _validate_needs(run)
     _validate_rollout(run, world_size)
     _validate_ranges(run)
     validate_caches(run.caches)
+
+
+def _validate_accelerator(run: Run, world_size: int) -> None:
+    """What contradicts itself on any machine; what a machine lacks is found by `mcore.platform.decide`."""
+    asked, layout, local = run.accelerator, run.layout, run.accelerator.transformer_impl == "local"
+    replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
+    teacher = asked.teacher_fp8
+    checks = [
+        (not asked.fp8 or layout.bf16, "--fp8-format and --teacher-fp8 cast from bf16; add --bf16"),
+        (not (asked.fp8 and local), "FP8 is Transformer Engine's; drop --transformer-impl local"),
+        (
+            not asked.fp8_param_gather or layout.use_distributed_optimizer,
+            "--fp8-param-gather keeps the exact weights in the distributed optimizer alone; add --use-distributed-optimizer",
+        ),
+        (
+            not asked.fp8_param_gather or run.teacher.teacher_memory == "beside" or run.teacher.teacher == "live",
+            f"--teacher_memory {run.teacher.teacher_memory} lends the student's weights, and FP8 weights could not be put back "
+            "to the bit; use --teacher_memory beside, or drop --fp8-param-gather",
+        ),
+        (
+            not teacher or run.teacher.teacher != "live",
+            "--teacher-fp8 with --teacher live: the teacher is the student; use --fp8-format for both",
+        ),
+        (
+            not teacher or asked.fp8_recipe != "delayed",
+            "--teacher-fp8 with --fp8-recipe delayed: past maxima are those of a training pass; use tensorwise or blockwise",
+        ),
+        (
+            asked.transformer_impl != "transformer_engine" or layout.bf16,
+            "--transformer-impl transformer_engine has no attention for packed rows in fp32; add --bf16",
+        ),
+        (asked.attention_backend != "flash" or layout.bf16, "--attention-backend flash computes in bf16; add --bf16"),
+        (
+            asked.attention_backend != "fused" or not local,
+            "--attention-backend fused is Transformer Engine's; drop --transformer-impl local, or use flash or unfused",
+        ),
+        (
+            asked.attention_backend != "fused" or layout.bf16,
+            "--attention-backend fused is Transformer Engine's, which computes in bf16 here; add --bf16",
+        ),
+        (
+            not asked.overlap_grad_reduce or replicas > 1,
+            "--overlap-grad-reduce: with one data-parallel rank nothing is reduced; drop it",
+        ),
+        (
+            not asked.overlap_param_gather or layout.use_distributed_optimizer,
+            "--overlap-param-gather gathers what the distributed optimizer cuts up; add --use-distributed-optimizer",
+        ),
+        (
+            not (asked.overlap_param_gather and asked.overlap_grad_reduce is False),
+            "--overlap-param-gather needs --overlap-grad-reduce, as in Megatron; drop --no-overlap-grad-reduce",
+        ),
+        (
+            not asked.overlap_param_gather or replicas > 1,
+            "--overlap-param-gather: with one data-parallel rank nothing is gathered; drop it",
+        ),
+        *_overlap_checks(run),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise ConfigError(message)
+
+
+def _overlap_checks(run: Run) -> list[tuple[bool, str]]:
+    """Of tensor-parallel communication under matrix products."""
+    asked, layout = run.accelerator, run.layout
+    on = asked.tp_comm_overlap
+    return [
+        (
+            not on or layout.tensor_model_parallel_size > 1,
+            "--tp-comm-overlap hides communication of tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more",
+        ),
+        (not on or layout.sequence_parallel, "--tp-comm-overlap overlaps gathering and scattering; add --sequence-parallel"),
+        (not on or layout.bf16, "--tp-comm-overlap is Transformer Engine's, which computes in bf16 here; add --bf16"),
+        (
+            not on or asked.transformer_impl != "local",
+            "--tp-comm-overlap is Transformer Engine's; drop --transformer-impl local",
+        ),
+        (
+            not (on and asked.fp8 and asked.fp8_recipe == "blockwise"),
+            "--tp-comm-overlap has no buffers for --fp8-recipe blockwise; use tensorwise, or drop one",
+        ),
+    ]
 
 
 def _validate_objective(run: Run) -> None:

@@ -66,8 +66,9 @@ def _add_setting(group: Any, cls: type, item: Any) -> None:
         help_text += f" ({str(item.default).replace('%', '%%')})"
     short = [item.metadata["short"]] if "short" in item.metadata else []
     if kind is bool:
-        # What is on by default is switched off: `--help` shows the form that does something.
+        # What is on by default is switched off: `--help` shows the form that does something, or both where neither is default.
         yes, no = (argparse.SUPPRESS, f"without it: {help_text}") if item.default else (help_text, argparse.SUPPRESS)
+        no = "never" if item.default is None else no
         flag(group, item.name, *short, action="store_true", default=argparse.SUPPRESS, help=yes)
         names = f"--no-{item.name.replace('_', '-')}", f"--no_{item.name}"
         group.add_argument(*names, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=no)

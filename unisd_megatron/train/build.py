@@ -19,8 +19,10 @@ from unisd_megatron.data import Sampler, Task, build_examples
 from unisd_megatron.data.tokens import encode_examples, encode_prompt
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
+from unisd_megatron.mcore.layers import engine_covers
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.precision import in_fp8
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
@@ -68,6 +70,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
     order = order_of(run)
     task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)
+    _check_accelerator(run, source)
     tokenizer = load_tokenizer(source)
     records = order.pool
     views = loss_settings(run).views if run.agreement is not None else 0
@@ -99,6 +102,35 @@ def prepare(run: Run, world_size: int) -> Prepared:
     return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
 
 
+def _check_accelerator(run: Run, source: Source) -> None:
+    """What is asked of Transformer Engine must suit the model."""
+    asked, arch, shards = run.accelerator, source.arch, run.layout.tensor_model_parallel_size
+    wanted = {
+        "--fp8-format": asked.fp8_format is not None,
+        "--teacher-fp8": asked.teacher_fp8,
+        "--tp-comm-overlap": asked.tp_comm_overlap,
+        "--transformer-impl transformer_engine": asked.transformer_impl == "transformer_engine",
+        "--attention-backend fused": asked.attention_backend == "fused",
+    }
+    flags = [flag for flag, on in wanted.items() if on]
+    if flags and not engine_covers(arch):
+        raise ConfigError(
+            f"{flags[0]} is Transformer Engine's, and the layers of {run.model_name} are built from local modules; drop it"
+        )
+    widths = {
+        "hidden size": arch.hidden_size,
+        "feed-forward width": arch.ffn_hidden_size / shards,
+        "attention's width": arch.num_attention_heads * arch.head_dim / shards,
+        "key-value width": 2 * arch.num_query_groups * arch.head_dim / shards,
+    }
+    odd = [f"{name} {size:g}" for name, size in widths.items() if size % 16]
+    if asked.fp8 and odd:
+        raise ConfigError(
+            f"{flags[0]}: FP8 matrix products take multiples of 16, and with --tensor-model-parallel-size {shards} a rank of "
+            f"{run.model_name} has {odd[0]}; lower it, or drop FP8"
+        )
+
+
 def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:
     """Engines are sized for --max_prompt_length, and none of the questions may be left out of an accuracy."""
     if not run.schedule.eval_steps:
@@ -126,22 +158,23 @@ def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:
 def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Parts:
     """Models, optimizer, engine and sampler on this rank. Collective over all ranks."""
 
-    def stage() -> Stage:
+    def stage(platform: Platform) -> Stage:
         return load_stage(prepared.source, run.layout, platform, grid)
 
-    model = stage()
+    model = stage(platform)
     kind, memory = teacher_kind(run), run.teacher.teacher_memory
     teacher = Teacher(
-        stage() if kind != "live" and memory == "beside" else model,
+        stage(platform.without_fp8()) if kind != "live" and memory == "beside" else model,
         kind,
         grid,
         beta=run.teacher.ref_model_mixup_beta or 0.0,
         every=run.teacher.ref_model_sync_steps or 0,
         memory=memory,
+        precision=None if platform.teacher_fp8 is None else in_fp8(platform.teacher_fp8),
     )
-    student = Student(model, run.layout, run.optimization, prepared.max_steps, grid)
+    student = Student(model, run.layout, run.optimization, prepared.max_steps, grid, platform)
     learner = Learner(student, teacher, Objective(loss_settings(run), grid.data, grid.data_context), prepared.source.arch, grid)
-    return Parts(run, learner, _rollouts(run, prepared, learner))
+    return Parts(run, learner, _rollouts(run, prepared, learner), drift_due=platform.teacher_fp8 is not None)
 
 
 def _rollouts(run: Run, prepared: Prepared, learner: Learner) -> Rollouts:
@@ -156,11 +189,13 @@ def _rollouts(run: Run, prepared: Prepared, learner: Learner) -> Rollouts:
         rollout.min_p,
         rollout.repetition_penalty,
     )
+    with learner.student.in_full():
+        weights = WeightStream(learner.student.named_shards, prepared.source.mappings, learner.grid)
     sync = Sync(
         learner,
         run.layout,
         engine,
-        WeightStream(learner.student.model.named_shards, prepared.source.mappings, learner.grid),
+        weights,
         prepared.prompts,
         limit=run.logp_gap_limit,
         sampling=sampling,

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.batch import STUDENT, Dealt, MicroBatch, Piece, Reading, Sample, View
+from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.grid import Axis
+from unisd_megatron.mcore import userbuffers
 from unisd_megatron.train.balance import lightest
+from unisd_megatron.train.learner import Learner
 
 
 @dataclass(frozen=True)
 class Form:
-    """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism)."""
+    """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism, FP8)."""
 
     views: Sequence[str]  # of the teacher
     packing: bool
@@ -27,6 +30,8 @@ class Form:
     equal_lengths: bool  # rows of all micro-batches are as long as the longest (interleaved schedule)
     device: torch.device
     context: Axis = Axis()  # ranks that share each packed row
+    granularity: int = 0  # the teacher's rows are as long as the student's, a multiple of this (buffers of one size)
+    least: int = 0  # and at least so long
 
 
 def cost(sample: Sample, views: Sequence[str]) -> int:
@@ -49,11 +54,28 @@ class Work:
         return 1 - sum(cost(sample, views) for sample in self.samples) / computed
 
 
+def form_of(learner: Learner, layout: Layout, views: Sequence[str], *, mask_truncated: bool) -> Form:
+    """How a run's rows are laid out, for its student and for these views of the teacher."""
+    grid, student = learner.grid, learner.student
+    shards = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    form = Form(views, layout.packing, shards * student.row_multiple, mask_truncated, interleaved, grid.device, grid.context)
+    if not student.model.config.tp_comm_overlap:
+        return form
+    return replace(form, granularity=userbuffers.GRANULARITY, least=userbuffers.row_length())
+
+
 def lay_out(groups: Sequence[Sequence[Sample]], form: Form) -> Work:
     """The tensors of groups of samples. Raises `CheckFailed` if a view does not hold the completion where it is read."""
     batches = [_micro_batch(group, form) for group in groups]
     heard = _packed_readings(groups, batches, form) if form.packing else _padded_readings(groups, batches, form)
-    if form.equal_lengths:  # the student's rows go through one schedule, the teacher's through another
+    if form.granularity:
+        longest = max(view.tokens.shape[1] for view in [*(b.view for b in batches), *(r.view for r in heard)])
+        step = math.lcm(form.granularity, form.multiple, 2 * form.context.size)
+        width = -(-max(longest, form.least) // step) * step
+        batches = [replace(batch, view=_lengthened(batch.view, width, form)) for batch in batches]
+        heard = [replace(reading, view=_lengthened(reading.view, width, form)) for reading in heard]
+    elif form.equal_lengths:  # the student's rows go through one schedule, the teacher's through another
         width = max(batch.view.tokens.shape[1] for batch in batches)
         batches = [replace(batch, view=_lengthened(batch.view, width, form)) for batch in batches]
         width = max((reading.view.tokens.shape[1] for reading in heard), default=0)

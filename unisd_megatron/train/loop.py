@@ -24,8 +24,10 @@ from unisd_megatron.rollout.replay import require_recordings, rollout_file
 from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.train import checkpoint, course
 from unisd_megatron.train.build import Prepared, assemble, prepare, write_run_file
+from unisd_megatron.train.drift import DRIFT
 from unisd_megatron.train.metrics import EVALUATIONS, Journal, rewrite_rows
 from unisd_megatron.train.step import Parts, Report, train_step
+from unisd_megatron.validation import validate
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.hf import require_new_folder, save_folder
 
@@ -36,8 +38,9 @@ def train(run: Run) -> None:
     Raises a `RequestError` before any process group exists where the request is wrong, `CheckFailed` where the run must
     not go on. Nothing is written before the request has been checked.
     """
-    platform = platforms.choose()
     world_size = start.world_size_from_environment()
+    validate(run, world_size)
+    platform = platforms.choose(run.accelerator, run.layout, world_size)
     prepared = prepare(run, world_size)
     output, resume = _check_output(run, prepared)
     held_out = _held_out(run, prepared) if run.schedule.eval_steps else None
@@ -51,7 +54,7 @@ def train(run: Run) -> None:
             if resume is not None:
                 checkpoint.restore(resume, parts.learner)
             dist.barrier()
-            journal = _open_journal(run, prepared, output, first, platform.reason, resume) if grid.world.rank == 0 else None
+            journal = _open_journal(run, prepared, output, first, platform.lines, resume) if grid.world.rank == 0 else None
             if journal is not None and isinstance(parts.rollouts.engine, ServerEngine):
                 for note in parts.rollouts.engine.notes:
                     journal.say(note)
@@ -65,14 +68,14 @@ def train(run: Run) -> None:
                 _export(parts, prepared, output)
 
 
-def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platform: str, resume: Path | None) -> Journal:
+def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platform: list[str], resume: Path | None) -> Journal:
     """Creates the run's folder; from here on something is written. Rank 0 only."""
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.set_aside_later(output, first)
     rewrite_rows(output / EVALUATIONS, lambda row: row["step"] < first)
     write_run_file(run, output, _versions(platform))
     journal = Journal(output, first, prepared.max_steps)
-    for line in [platform, *prepared.notes, *([f"resumed from {resume}, step {first}"] if resume else [])]:
+    for line in [*platform, *prepared.notes, *([f"resumed from {resume}, step {first}"] if resume else [])]:
         journal.say(line)
     return journal
 
@@ -110,6 +113,8 @@ def _steps(
             report = train_step(parts, step)
             if journal is not None:
                 journal.record(step, report.metrics)
+                if DRIFT in report.metrics:
+                    journal.say(f"step {step}: KL(teacher || teacher in FP8) is {report.metrics[DRIFT]:.3g} nats per token")
             if schedule.save_rollouts and journal is not None:
                 _record_rollouts(parts, report, step, output)
             if step + 1 == prepared.max_steps or (schedule.save_steps and (step + 1) % schedule.save_steps == 0):
@@ -184,7 +189,9 @@ def _export(parts: Parts, prepared: Prepared, output: Path) -> None:
     """The student as a Hugging Face folder, `RUN/hf`. Collective."""
     grid = parts.learner.grid
     target = output / "hf"
-    tensors = stream.full_tensors(parts.learner.student.model.named_shards(), prepared.source.mappings, grid)
+    with parts.learner.student.in_full():
+        mine = list(parts.learner.student.named_shards())
+    tensors = stream.full_tensors(mine, prepared.source.mappings, grid)
     if grid.world.rank == 0:
         if target.exists():
             shutil.rmtree(target)  # of an earlier end of this same run
@@ -195,6 +202,6 @@ def _export(parts: Parts, prepared: Prepared, output: Path) -> None:
     dist.barrier()
 
 
-def _versions(platform: str) -> dict[str, str]:
+def _versions(platform: list[str]) -> dict[str, str]:
     names = ("unisd_megatron", "torch", "megatron-core", "transformers", "safetensors")
-    return {"platform": platform} | {name: importlib.metadata.version(name) for name in names}
+    return {"platform": "; ".join(platform)} | {name: importlib.metadata.version(name) for name in names}

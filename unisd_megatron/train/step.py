@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -22,7 +23,8 @@ from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
 from unisd_megatron.train.balance import divide
-from unisd_megatron.train.collate import Form, Work, cost, lay_out, scatter
+from unisd_megatron.train.collate import Work, cost, form_of, lay_out, scatter
+from unisd_megatron.train.drift import add_drift
 from unisd_megatron.train.learner import Learner
 from unisd_megatron.train.rollouts import Rollouts
 
@@ -34,6 +36,7 @@ class Parts:
     run: Run
     learner: Learner
     rollouts: Rollouts
+    drift_due: bool = False  # what the teacher's FP8 costs is still to be measured, by the next step
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def train_step(parts: Parts, step: int) -> Report:
     samples = parts.rollouts.of_step(step)
     clock.lap("seconds/rollout")
     work = share_out(samples, learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions)
-    tally = compute_gradients(learner, work, clock)
+    tally = compute_gradients(learner, work, clock, drift=parts.drift_due)
+    parts.drift_due = False
     if learner.grid.context.rank == 0:
         _count(work, learner, tally)
     merged = gather_tally(tally, learner.grid)
@@ -68,7 +72,8 @@ def train_step(parts: Parts, step: int) -> Report:
     if not math.isfinite(metrics["grad_norm"]):
         raise CheckFailed(f"step {step}: the gradient norm is {metrics['grad_norm']}; the last checkpoint is untouched")
     metrics["learning_rate"] = learner.student.step(step)
-    metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
+    with learner.student.in_full() if learner.teacher.is_due(step + 1) else contextlib.nullcontext():
+        metrics["teacher/moved"] = float(learner.teacher.follow(learner.student, step + 1))
     clock.lap("seconds/optimizer")
     return Report(metrics | clock.laps | _speed(metrics, clock), samples)
 
@@ -76,25 +81,26 @@ def train_step(parts: Parts, step: int) -> Report:
 def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
     """This replica's part of the global batch, balanced over replicas and rows by tokens; the same on all its ranks."""
     grid, views = learner.grid, list(learner.objective.settings.teacher_views)
-    multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    interleaved = layout.virtual_pipeline_model_parallel_size is not None
-    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context)
+    form = form_of(learner, layout, views, mask_truncated=mask_truncated)
     count = len(samples) // (layout.micro_batch_size * grid.data.size)
     costs, widths = ([cost(sample, names) for sample in samples] for names in ([STUDENT, *views], [STUDENT]))
     mine = divide(costs, widths, grid.data.size, count, packing=layout.packing)[grid.data.rank]
     return lay_out([[samples[i] for i in group] for group in mine], form)
 
 
-def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None) -> Tally:
+def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None, *, drift: bool = False) -> Tally:
     """Teacher passes, then the student's forward and backward; gradients are in the student's buffers. Collective.
 
+    Args: drift: measure how far the teacher is from itself in its weights' dtype (`drift.py`), by one more pass of it.
     Returns this rank's tally; it is complete on the last pipeline stage and empty elsewhere.
     """
     clock, batches = clock or _Clock(), work.batches
     hidden, heard = listen_to_teacher(learner, work)
+    tally = Tally()
+    if drift:
+        add_drift(tally, learner, work, hidden)
     clock.lap("seconds/teacher")
     shares = learner.objective.prepare(heard) if learner.grid.is_last_stage else []
-    tally = Tally()
     divergences: list[Tensor] = []
 
     def loss(i: int, rows: Tensor) -> Tensor:
