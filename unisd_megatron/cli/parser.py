@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd_megatron.cli import commands
+from unisd_megatron.cli import commands, planning
 from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
@@ -22,6 +22,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
     _add_train(subparsers)
+    _add_plan(subparsers)
     _add_tiny(subparsers)
     _add_convert(subparsers)
     _add_verify(subparsers)
@@ -49,6 +50,21 @@ def _underscored(word: str) -> str:
 
 def _add_train(subparsers: Any) -> None:
     parser = command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    _add_settings(parser)
+
+
+def _add_plan(subparsers: Any) -> None:
+    parser = command(
+        subparsers,
+        "plan",
+        lambda request: planning.plan(request, given_settings(request)),
+        "Memory and time of a run on a cluster, by arithmetic: of the layout that is stated, or the best ones. Any flag of train.",
+    )
+    planning.add_flags(parser)
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
