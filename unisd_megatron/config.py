@@ -38,7 +38,7 @@ class Layout:
     account_for_embedding_in_pipeline_split: bool = setting(
         False, "the embedding takes the place of a layer on the first stage"
     )
-    account_for_loss_in_pipeline_split: bool = setting(False, "head and loss take the place of a layer on the last stage")
+    account_for_loss_in_pipeline_split: bool = setting(False, "head and loss count as a layer of the last stage")
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
     packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
@@ -70,7 +70,8 @@ class Layout:
         if self.pipeline_ends and stages < 2:
             ends = "embedding" if self.account_for_embedding_in_pipeline_split else "loss"
             raise ConfigError(
-                f"--account-for-{ends}-in-pipeline-split places layers on stages; it needs --pipeline-model-parallel-size 2 or more"
+                f"--account-for-{ends}-in-pipeline-split deals layers out to stages; it needs --pipeline-model-parallel-size 2 "
+                "or more"
             )
         if chunks is not None and count % stages:
             raise ConfigError(
