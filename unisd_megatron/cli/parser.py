@@ -191,6 +191,8 @@ def _add_parity(subparsers: Any) -> None:
     layout = command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
+    for end in ("embedding", "loss"):
+        flag(layout, f"account_for_{end}_in_pipeline_split", action="store_true", help=f"the {end} takes the place of a layer")
     flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
     _add_experts(layout)
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
