@@ -58,6 +58,6 @@ def test_what_lasts_is_exact_on_every_rank(world: World, number: int, case: tupl
         )
         for name in ("parameters", "weights", "gradients", "optimizer", "teacher", "ema"):
             got, want = getattr(said, name), getattr(found, name)
-            print(f"BYTES {size} {family} {settings} {kind} {memory} {name} {got} {want} {got == want}")
+
         for name in ("parameters", "weights", "gradients", "optimizer", "teacher", "ema"):
             assert getattr(said, name) == getattr(found, name), name

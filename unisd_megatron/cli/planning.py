@@ -18,10 +18,9 @@ from unisd_megatron.plan.search import CHOSEN, distinct, nothing_fits
 from unisd_megatron.resolve import resolve
 
 _OWN = ("gpus", "gpu", "gpus_per_node", "gpu_memory_gib", "network_gbps", "efficiency", "bandwidth")
-_MEAN = ("mean_prompt_length", "mean_completion_length")
+_MEAN = ("mean_prompt_length", "mean_completion_length", "server_gpus")
 OWN = frozenset({*_OWN, *_MEAN, "json"})
 """Flags of `plan` that are no settings of a run."""
-_ASSUMED_BATCH = {"bf16": True}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag(assumed, "bandwidth", type=float, default=0.8, metavar="X", help="part of rated bandwidths reached (0.8)")
     flag(assumed, "mean_prompt_length", type=int, metavar="N", help="mean tokens of a prompt (half of the longest)")
     flag(assumed, "mean_completion_length", type=int, metavar="N", help="mean tokens of a completion (half of the longest)")
+    flag(assumed, "server_gpus", type=int, metavar="N", help="GPUs of rollout servers (a quarter of --gpus)")
     flag(assumed, "json", action="store_true", help="numbers for a machine")
 
 
@@ -73,10 +73,9 @@ def _proposals(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed, asked: 
 
 
 def _resolved(stated: tuple[dict[str, Any], dict[str, Any], str]) -> Run:
-    """A run as `train` would resolve it; in bf16 and with what memory is planned for where nothing is said."""
-    given = {**_ASSUMED_BATCH, **stated[0]} if "bf16" not in stated[1] else stated[0]
-    run = resolve(given, stated[1], stated[2])
-    return run
+    """A run as `train` would resolve it, in bf16 unless something else is said."""
+    flags, of_file, file_name = stated
+    return resolve(flags if "bf16" in of_file else {"bf16": True, **flags}, of_file, file_name)
 
 
 def _cluster(request: argparse.Namespace) -> Cluster:

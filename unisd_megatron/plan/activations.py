@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from unisd_megatron.config import Layout
 from unisd_megatron.families import Arch
 from unisd_megatron.plan.kernels import Kernels
-from unisd_megatron.plan.parameters import layers_per_chunk
+from unisd_megatron.plan.parameters import layers_of
 
 _CPU_CHUNK, _CHUNK = 3 << 23, 1 << 27  # losses/fused.py's: logits of a chunk
 _PRODUCT = 1 << 24  # losses/fused.py's: numbers of a product that is added to the head's gradient
@@ -41,8 +41,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a rank at the peak of the student's pass. saved: for the backward pass; heard: the teacher's hidden states of all
-    micro-batches that wait for the student's; working: chunks of logits, gradients on their way, buffers."""
+    """Bytes of a rank at the peak of the student's pass. saved: for the backward pass; heard: the teacher's hidden states of
+    all micro-batches, which wait for the student's; working: chunks of logits, gradients on their way, buffers."""
 
     saved: int
     heard: int
@@ -153,12 +153,14 @@ class _Counter:
         return self.norm(kept_output=False) + kept * (2 * self.width * self.arch.hidden_size + 72)
 
 
-def slots(layout: Layout, stage: int, micro_batches: int) -> int:
-    """Pairs of micro-batch and chunk whose activations a stage holds at the peak of 1F1B, plain or interleaved."""
+def held_layers(arch: Arch, layout: Layout, stage: int, micro_batches: int) -> int:
+    """Layers, times micro-batches, whose activations a stage holds at the peak of 1F1B, plain or interleaved."""
     stages, chunks = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     if chunks is None:
-        return min(micro_batches, stages - stage)
-    return min(micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+        return min(micro_batches, stages - stage) * layers_of(arch, layout, stage, 0)
+    # Forward passes before the first backward: each chunk in turn, for as many micro-batches as there are stages.
+    ahead = min(micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
+    return sum(layers_of(arch, layout, stage, number // stages % chunks) for number in range(ahead))
 
 
 def activations(
@@ -177,20 +179,20 @@ def activations(
     """
     on_cpu = how is None or how == Kernels()
     counter = _Counter(arch, layout, rows, how or Kernels())
-    layer, depth = counter.layer(), layers_per_chunk(arch, layout)
-    held = slots(layout, stage, micro_batches)
+    layer, held = counter.layer(), held_layers(arch, layout, stage, micro_batches)
     is_last = stage == layout.pipeline_model_parallel_size - 1
     ending = counter.ending() if is_last else 0
     if layout.recompute_granularity == "full":
         again = layer.saved - layer.shared_entry
-        saved = held * depth * layer.entry + max(ending, again)
+        saved = held * layer.entry + max(ending, again)
     elif layout.recompute_granularity == "selective":
         each = layer.saved - layer.core + layer.instead
-        saved = held * depth * each + max(ending, layer.core - layer.instead - layer.behind)
+        saved = held * each + max(ending, layer.core - layer.instead - layer.behind)
     else:
-        saved = held * depth * layer.saved + ending
+        saved = held * layer.saved + ending
     hidden = counter.cut * arch.hidden_size * counter.width
-    on_the_way = 0 if is_last else held * hidden  # outputs that the next stage was sent
+    in_flight = held / max(1, layers_of(arch, layout, stage, 0))
+    on_the_way = 0 if is_last else int(in_flight * hidden)  # outputs that the next stage was sent
     kept = -(-rows.kept // layout.context_parallel_size)
     heard = micro_batches * kept * arch.hidden_size * counter.width if is_last else 0
     working = max(_backward(counter), _loss(counter, kept, on_cpu=on_cpu, fused=fused) if is_last else 0)

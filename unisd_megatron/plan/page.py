@@ -29,7 +29,7 @@ def lines(plan: Plan) -> list[str]:
         )
         if is_on
     ]
-    out = [
+    return [
         f"{run.model_name} on {cluster.gpus} x {gpu.name} ({cluster.nodes} nodes): {verdict}",
         f"layout   {describe(run)} DP {replicas}, global batch {layout.global_batch_size}; {', '.join(switches)}",
         f"teacher  {run.teacher.teacher} {run.teacher.teacher_memory}; rollouts {_engine(plan)}",
@@ -44,7 +44,6 @@ def lines(plan: Plan) -> list[str]:
         f"matrix products at {plan.assumed.efficiency:.0%} and bandwidths at {plan.assumed.bandwidth:.0%} of their ratings "
         "(docs/planning.md).",
     ]
-    return out
 
 
 def _engine(plan: Plan) -> str:
@@ -52,7 +51,13 @@ def _engine(plan: Plan) -> str:
     if one.kind == "colocate":
         asleep = ", asleep while training" if not one.always else ""
         return f"vLLM in {one.engines} engines of {one.tensor}{asleep}"
-    return {"server": "vLLM on servers", "replay": "recorded", "transformers": "transformers, a model on each rank"}[one.kind]
+    if one.kind == "server":
+        from unisd_megatron.plan.time import server_ranks
+
+        ranks = server_ranks(plan.arch, plan.cluster, 2 if plan.run.layout.bf16 else 4)
+        gpus = max(ranks, plan.assumed.server_gpus or plan.cluster.gpus // 4)
+        return f"vLLM on servers: {gpus // ranks} of {ranks} GPUs, beside those that train"
+    return {"replay": "recorded", "transformers": "transformers, a model on each rank"}[one.kind]
 
 
 def _memory(plan: Plan) -> list[str]:

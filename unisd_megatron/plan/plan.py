@@ -152,7 +152,7 @@ def plan_run(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed | None = N
     layout = run.layout
     layout.validate(cluster.gpus)
     expert = layout.expert_model_parallel_size
-    arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, run.model_name, expert)
+    arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, run.model_name, expert, layout.pipeline_ends)
     how, one = kernels(run, arch, cluster), engine(run, arch, cluster)
     rows = Rows(layout.micro_batch_size, run.data.max_prompt_length, run.rollout.max_completion_length)
     fused = run.objective.loss_path != "materialized"

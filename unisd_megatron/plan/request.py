@@ -13,7 +13,8 @@ class Assumed:
     """What arithmetic cannot know. Each may be stated.
 
     efficiency: part of the rated matrix-product rate that a training step reaches; bandwidth: part of rated bandwidths;
-    mean_prompt_length, mean_completion_length: tokens (None: half of the longest); reserved: bytes of a GPU that CUDA, NCCL and
+    mean_prompt_length, mean_completion_length: tokens (None: half of the longest); server_gpus: GPUs of the
+    same kind that rollout servers have (None: a quarter of those that train, at least what one engine needs); reserved: bytes of a GPU that CUDA, NCCL and
     the allocator's gaps take, beside a twentieth of what is planned.
     """
 
@@ -21,6 +22,7 @@ class Assumed:
     bandwidth: float = 0.8
     mean_prompt_length: int | None = None
     mean_completion_length: int | None = None
+    server_gpus: int | None = None
     reserved: float = 2.5 * 2**30
     fragmentation: float = 0.05
 
@@ -28,6 +30,9 @@ class Assumed:
         for name in ("efficiency", "bandwidth"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it lies in (0, 1]")
+
+        if self.server_gpus is not None and self.server_gpus < 1:
+            raise ConfigError(f"--server_gpus is {self.server_gpus}; it must be at least 1")
 
     def prompt(self, run: Run) -> int:
         """Mean tokens of a prompt. `ConfigError` for a mean beyond the longest."""

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from unisd_megatron.config import Run
+from unisd_megatron.config import VLLM_COLOCATE, Layout, Run, all_settings
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
 from unisd_megatron.plan.hardware import GIB, Cluster
@@ -19,9 +19,12 @@ CUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
     "context_parallel_size",
     "expert_model_parallel_size",
 )
+ENDS = frozenset({CUT[3], CUT[4]})
 CHOSEN = frozenset({*CUT, "sequence_parallel", "micro_batch_size", "use_distributed_optimizer", "recompute_granularity"})
 """Settings of the layout that the search chooses; where one is stated, the stated layout is judged instead."""
 
@@ -89,21 +92,21 @@ def nothing_fits(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed) -> st
 
 def flags(plan: Plan, before: Run | None = None) -> str:
     """The plan's settings as flags of `train`; only what differs from `before` where that is given."""
-    here, there = plan.run.flat(), {} if before is None else before.flat()
-    names = [*CUT, *sorted(CHOSEN - set(CUT)), "teacher_memory", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"]
-    names += ["vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"]
+    here = plan.run.flat()
+    defaults = {item.name: item.default for _, item in all_settings()}
+    there = defaults if before is None else before.flat()
+    names = [*CUT, *sorted(CHOSEN - set(CUT)), "bf16", "teacher_memory", "use_vllm", "vllm_mode"]
+    names += sorted(VLLM_COLOCATE & {"vllm_tensor_parallel_size", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"})
     out = []
     for name in names:
-        value = here[name]
-        if name.startswith("vllm") and not here["use_vllm"] or before is not None and there[name] == value:
+        value, idle = here[name], name in VLLM_COLOCATE and here["vllm_mode"] == "server"
+        if idle or there[name] == value:
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             out.append(flag if value else f"--no-{name.replace('_', '-')}")
-        elif value is not None:
-            out.append(f"{flag} {value}")
-        elif before is not None:
-            out.append(f"without {flag}")
+        else:
+            out.append(f"without {flag}" if value is None else f"{flag} {value}")
     return " ".join(out)
 
 
@@ -134,7 +137,7 @@ def _choices(stated: Any, others: tuple[Any, ...], name: str, fixed: frozenset[s
     return (stated,) if name in fixed else others
 
 
-def _layouts(run: Run, arch: Arch, cluster: Cluster, fixed: frozenset[str]) -> Iterator[Any]:
+def _layouts(run: Run, arch: Arch, cluster: Cluster, fixed: frozenset[str]) -> Iterator[Layout]:
     stated = run.layout
 
     def sizes(name: str, most: int, limit: int = 0) -> list[Any]:
@@ -146,22 +149,28 @@ def _layouts(run: Run, arch: Arch, cluster: Cluster, fixed: frozenset[str]) -> I
     contexts = sizes("context_parallel_size", 8) if longest >= _LONG else sizes("context_parallel_size", 1)
     experts = sizes("expert_model_parallel_size", arch.experts.count if arch.experts else 1, 64)
     tensors = [t for t in sizes("tensor_model_parallel_size", 8) if t <= cluster.gpus_per_node]
-    stages = sizes("pipeline_model_parallel_size", arch.num_layers, 64)
+    stages = (
+        sizes("pipeline_model_parallel_size", 1, 64)
+        if CUT[1] in fixed
+        else sorted({*arch.pipeline_sizes(), *arch.pipeline_sizes(2)})
+    )
     batches = _choices(stated.micro_batch_size, (1, 2, 4, 8), "micro_batch_size", fixed)
     for tensor, stage, context, expert, batch in itertools.product(tensors, stages, contexts, experts, batches):
         ranks = tensor * stage * context
-        if cluster.gpus % ranks or (cluster.gpus // ranks * context) % expert:
+        if cluster.gpus % ranks or stage > 64 or cluster.gpus // ranks * context % expert:
             continue
         if stated.global_batch_size % (batch * (cluster.gpus // ranks)):
             continue
-        layers = arch.num_layers // max(1, stage)
-        virtual = [None, *(v for v in (2, 3, 4, 5, 6, 7) if stage > 1 and layers % v == 0)]
-        for chunks in _choices(stated.virtual_pipeline_model_parallel_size, tuple(virtual), CUT[2], fixed):
+        for chunks, ends in _stage_forms(arch, stated, stage, fixed):
             yield dataclasses.replace(
                 stated,
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=stage,
                 virtual_pipeline_model_parallel_size=chunks,
+                account_for_embedding_in_pipeline_split=ends
+                if not fixed & ENDS
+                else stated.account_for_embedding_in_pipeline_split,
+                account_for_loss_in_pipeline_split=ends if not fixed & ENDS else stated.account_for_loss_in_pipeline_split,
                 context_parallel_size=context,
                 expert_model_parallel_size=expert,
                 micro_batch_size=batch,
@@ -174,6 +183,20 @@ def _layouts(run: Run, arch: Arch, cluster: Cluster, fixed: frozenset[str]) -> I
             )
 
 
+def _stage_forms(arch: Arch, stated: Layout, stages: int, fixed: frozenset[str]) -> Iterator[tuple[int | None, bool]]:
+    """`(virtual chunks, whether embedding and loss count as layers)` that cut the layers evenly."""
+    if fixed & {CUT[2], *ENDS}:
+        yield stated.virtual_pipeline_model_parallel_size, stated.pipeline_ends > 0
+        return
+    for chunks in (None, 2, 3, 4, 5, 6, 7):
+        if stages == 1 and chunks is not None:
+            return
+        if stages * (chunks or 1) in arch.pipeline_sizes():
+            yield chunks, False
+        elif stages > 1 and stages * (chunks or 1) in arch.pipeline_sizes(2):
+            yield chunks, True
+
+
 def _memories(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
     """Where the teacher's weights are kept, the cheapest in time first."""
     kinds = ("beside",) if run.teacher.teacher == "live" else ("beside", "swap", "host")
@@ -182,8 +205,8 @@ def _memories(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
 
 
 def _engines(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
-    """Rollout engines: what was asked for, or vLLM in the training processes, asleep while they train, on ever more ranks; servers
-    where none of these fits."""
+    """Rollout engines: what was asked for, or vLLM in the training processes, asleep while they train, on ever more
+    ranks; servers where none of these fits."""
     if fixed & {"rollout", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"}:
         yield run
         return
@@ -197,4 +220,5 @@ def _engines(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
             vllm_enable_sleep_mode=True,
         )
         yield dataclasses.replace(run, vllm=vllm)
-    yield dataclasses.replace(run, vllm=dataclasses.replace(run.vllm, use_vllm=True, vllm_mode="server"))
+    plain = type(run.vllm)
+    yield dataclasses.replace(run, vllm=plain(use_vllm=True, vllm_mode="server", vllm_server_urls=run.vllm.vllm_server_urls))

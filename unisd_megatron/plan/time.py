@@ -194,9 +194,10 @@ class Clock:
         one, arch = self.engine, self.arch
         if one.kind == "replay":
             return 0.0
-        # Servers stand elsewhere: as many GPUs as the trainer's nodes have, one engine on each, or more where it is too large.
-        tensor = one.tensor if one.kind != "server" else _server_ranks(arch, self.cluster, self.width)
-        engines = one.engines or max(1, self.cluster.gpus_per_node // tensor)
+        tensor, engines = one.tensor, one.engines
+        if one.kind == "server":
+            tensor = server_ranks(arch, self.cluster, self.width)
+            engines = max(1, (self.assumed.server_gpus or self.cluster.gpus // 4) // tensor)
         batch = math.ceil(self.run.layout.global_batch_size / engines)
         products = 2 * active_parameters(arch) + 2 * arch.hidden_size * arch.padded_vocab_size
         prefill = batch * self.prompt * 2 * active_parameters(arch) / tensor / self.rate
@@ -219,7 +220,8 @@ class Clock:
         return total - experts * (1 - chosen)
 
 
-def _server_ranks(arch: Arch, cluster: Cluster, width: int) -> int:
+def server_ranks(arch: Arch, cluster: Cluster, width: int) -> int:
+    """GPUs of one server: the fewest that hold the model in 70 % of their memory."""
     ranks = 1
     while width * whole(arch) / ranks > 0.7 * cluster.gpu.memory:
         ranks *= 2
