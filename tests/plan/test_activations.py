@@ -63,8 +63,5 @@ def test_activations_are_predicted_within_a_tenth(world: World, size: str, famil
     rows = Rows(2, PROMPT, COMPLETION)
     for found in world.run(2, measure, arch, layout, "frozen", "beside", PROMPT, COMPLETION, timeout_s=120):
         said = activations(arch, layout, rows, stage=found.place["pipeline"], micro_batches=count)
-        print(
-            f"RATIO {size} {family} {settings} {found.place['pipeline']} {said.saved} {found.saved} {said.saved / found.saved:.4f}"
-        )
         assert found.saved > 1 << 20
         assert said.saved == pytest.approx(found.saved, rel=0.1)

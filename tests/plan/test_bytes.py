@@ -57,7 +57,4 @@ def test_what_lasts_is_exact_on_every_rank(world: World, number: int, case: tupl
             expert_data_rank=found.place["expert_data"],
         )
         for name in ("parameters", "weights", "gradients", "optimizer", "teacher", "ema"):
-            got, want = getattr(said, name), getattr(found, name)
-
-        for name in ("parameters", "weights", "gradients", "optimizer", "teacher", "ema"):
             assert getattr(said, name) == getattr(found, name), name

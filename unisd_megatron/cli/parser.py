@@ -58,7 +58,7 @@ def _add_plan(subparsers: Any) -> None:
         subparsers,
         "plan",
         lambda request: planning.plan(request, given_settings(request)),
-        "Memory and time of a run on a cluster, by arithmetic: the layout that is stated, or the best. Takes the flags of train.",
+        "Memory and time of a run on a cluster, by arithmetic: the layout that is stated, or the best. Takes train's flags.",
     )
     planning.add_flags(parser)
     _add_settings(parser)

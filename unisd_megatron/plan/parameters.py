@@ -78,7 +78,7 @@ def layers_of(arch: Arch, layout: Layout, stage: int, chunk: int) -> int:
 
 
 def chunks(arch: Arch, layout: Layout, stage: int) -> list[list[Parameter]]:
-    """The parameters of each chunk of a pipeline stage, in the order in which Megatron registers them, some as one (`_together`)."""
+    """The parameters of each chunk of a pipeline stage, in Megatron's order, or several as one (`_together`)."""
     found = parts(arch, layout.tensor_model_parallel_size, layout.expert_model_parallel_size)
     count, stages = layout.virtual_pipeline_model_parallel_size or 1, layout.pipeline_model_parallel_size
     out = []

@@ -77,9 +77,8 @@ class Plan:
     def seconds(self) -> Seconds:
         return Clock(self.run, self.arch, self.cluster, self.how, self.assumed, self.memory.held, self.engine).seconds()
 
-    def with_engine(self, run: Run) -> Plan:
+    def with_engine(self, run: Run, one: Engine) -> Plan:
         """The same with the rollout engine of another run, which differs in nothing else."""
-        one = engine(run, self.arch, self.cluster)
         ranks = tuple(dataclasses.replace(rank, engine=one) for rank in self.ranks)
         return dataclasses.replace(self, run=run, ranks=ranks, engine=one)
 

@@ -13,9 +13,9 @@ class Assumed:
     """What arithmetic cannot know. Each may be stated.
 
     efficiency: part of the rated matrix-product rate that a training step reaches; bandwidth: part of rated bandwidths;
-    mean_prompt_length, mean_completion_length: tokens (None: half of the longest); server_gpus: GPUs of the
-    same kind that rollout servers have (None: a quarter of those that train, at least what one engine needs); reserved: bytes of a GPU that CUDA, NCCL and
-    the allocator's gaps take, beside a twentieth of what is planned.
+    mean_prompt_length, mean_completion_length: tokens (None: half of the longest); server_gpus: GPUs of the same kind that
+    rollout servers have (None: a quarter of those that train, at least what one engine needs); reserved: bytes of a GPU that
+    CUDA and NCCL take; fragmentation: of what is planned, lost between the allocator's blocks.
     """
 
     efficiency: float = 0.6

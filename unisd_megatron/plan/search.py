@@ -8,12 +8,14 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from unisd_megatron.config import VLLM_COLOCATE, Layout, Run, all_settings
+from unisd_megatron.config import VLLM_COLOCATE, Layout, Run, Vllm, all_settings
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
 from unisd_megatron.plan.hardware import GIB, Cluster
 from unisd_megatron.plan.plan import Plan, plan_run
 from unisd_megatron.plan.request import Assumed
+from unisd_megatron.plan.rollout import Engine
+from unisd_megatron.plan.rollout import engine as engine_of
 
 CUT = (
     "tensor_model_parallel_size",
@@ -112,22 +114,27 @@ def flags(plan: Plan, before: Run | None = None) -> str:
 
 def _plans(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed, fixed: frozenset[str]) -> Iterator[Plan]:
     """What fits of all layouts; of each layout the cheapest of the other settings with which it does."""
+    engines = [(one.vllm, engine_of(one, arch, cluster)) for one in _engines(run, fixed)]
     for layout in _layouts(run, arch, cluster, fixed):
         for again in _choices(run.layout.recompute_granularity, (None, "selective", "full"), "recompute_granularity", fixed):
             cut = dataclasses.replace(run, layout=dataclasses.replace(layout, recompute_granularity=again))
             # What does not divide this model or this cluster is no candidate.
             with contextlib.suppress(ConfigError):
-                if (found := _fitting(cut, arch, cluster, assumed, fixed)) is not None:
+                if (found := _fitting(cut, arch, cluster, assumed, fixed, engines)) is not None:
                     yield found
                     break
 
 
-def _fitting(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed, fixed: frozenset[str]) -> Plan | None:
+def _fitting(
+    run: Run, arch: Arch, cluster: Cluster, assumed: Assumed, fixed: frozenset[str], engines: list[tuple[Vllm, Engine]]
+) -> Plan | None:
     """With the teacher's weights where they cost the least time, and an engine, such that it fits."""
     for kept in _memories(run, fixed):
         plan = plan_run(kept, arch, cluster, assumed)
-        for engined in _engines(kept, fixed):
-            one = plan.with_engine(engined)
+        if not plan.with_engine(kept, Engine("replay")).fits:
+            continue
+        for vllm, engine in engines:
+            one = plan.with_engine(dataclasses.replace(kept, vllm=vllm), engine)
             if one.fits:
                 return one
     return None
