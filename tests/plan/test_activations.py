@@ -35,19 +35,13 @@ def arch_of(family: str, size: str, layers: int = 4) -> Arch:
 
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
+AGAIN: tuple[str | None, ...] = (None, "selective", "full")
+SEQUENCE, CONTEXT = TP | {"sequence_parallel": True}, {"context_parallel_size": 2}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    *(
-        (size, how, {**cut, "recompute_granularity": again})
-        for size, how, cut, again in [
-            (size, "qwen2", cut, again) for size in SIZES for cut in (TP, PP, {}) for again in (None, "selective", "full")
-        ]
-    ),
-    *(
-        ("wide", "qwen2", {**cut, "bf16": True, "recompute_granularity": again})
-        for cut in (TP | {"sequence_parallel": True}, PP, {"context_parallel_size": 2})
-        for again in (None, "selective", "full")
-    ),
-    *(("narrow", family, {"bf16": bf16}) for family in ("qwen3", "gemma3", "llama", "qwen3_moe") for bf16 in (False, True)),
+    *((size, "qwen2", TP | {"recompute_granularity": again}) for size in ("narrow", "square") for again in AGAIN),
+    *(("wide", "qwen2", {**cut, "bf16": True, "recompute_granularity": again}) for cut in (SEQUENCE, PP) for again in AGAIN),
+    *(("narrow", family, {"bf16": bf16}) for family in ("qwen3", "gemma3", "qwen3_moe") for bf16 in (False, True)),
+    ("wide", "qwen2", CONTEXT | {"bf16": True}),
     ("wide", "qwen2", TP | {"packing": False}),
     ("wide", "qwen2", PP | {"virtual_pipeline_model_parallel_size": 2}),
 ]

@@ -23,9 +23,8 @@ KEPT = (("ema", "beside"), ("frozen", "swap"), ("ema", "host"), ("frozen", "besi
 # Layers of widths that buffers have to be padded for: an odd number of heads' rows, a norm of 96 + 2 numbers.
 CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     (size, "qwen2", 2, {**layout, "bf16": bf16})
-    for size in ("narrow", "square", "wide")
+    for size, bf16 in (("narrow", True), ("square", False), ("wide", True))
     for layout in (TP, PP, DISTRIBUTED)
-    for bf16 in (False, True)
 ] + [
     ("narrow", "llama", 4, {**DISTRIBUTED, **PP, "bf16": True}),
     ("narrow", "qwen3", 4, {**TP, **DISTRIBUTED, "sequence_parallel": True}),
@@ -33,7 +32,7 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("narrow", "internlm3", 4, {**DISTRIBUTED, "bf16": True}),
     ("narrow", "qwen3_moe", 4, {**DISTRIBUTED, "expert_model_parallel_size": 2, "bf16": True}),
     ("narrow", "qwen3_moe", 4, {"expert_model_parallel_size": 2, "context_parallel_size": 2}),
-    ("narrow", "qwen2", 3, {**DISTRIBUTED, "bf16": True}),
+    ("narrow", "qwen2", 3, DISTRIBUTED),
 ]
 
 
