@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.modes import MODES
+from unisd_megatron.modes import MODES, Mode
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
@@ -181,6 +181,13 @@ class Rollout:
     min_p: float = setting(0.0, "drop tokens less likely than this part of the likeliest; 0: none")
     repetition_penalty: float = setting(1.0, "logits of tokens that occurred are divided (negative ones multiplied) by it")
     max_completion_length: int = setting(1024, "tokens; a completion is cut there")
+    on_policy_share: float | None = setting(
+        None, "share of the completions that the student samples, the others are references"
+    )
+    sample_filter: Literal["stubs", "correct", "none"] | None = setting(
+        None, "samples to train on: all but empty ones and programs of one line, those that are right, or all"
+    )
+    num_loss_tokens_to_skip: int = setting(0, "first tokens of each completion that are left out of the loss")
     mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
     max_logp_gap: float | None = setting(
         None,
@@ -219,6 +226,7 @@ class Objective:
         0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher"
     )
     token_clip: float | None = setting(None, "ceiling of a token's divergence, nats")
+    entry_clip: float | None = setting(None, "most that one entry of the vocabulary adds to a token's divergence, nats")
     token_clip_quantile: float | None = setting(None, "ceiling as a quantile of the previous step's divergences")
     gamma_agreement: float | None = setting(None, "strength of the agreement weights")
     agreement_stat: Literal["var", "range"] = setting("var", "disagreement of the K views: variance or range")
@@ -296,6 +304,11 @@ class Run:
     optimization: Optimization
     schedule: Schedule
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def method(self) -> Mode:
+        """What the mode switches on."""
+        return MODES[self.mode]
 
     @property
     def agreement(self) -> Literal["token", "sequence"] | None:

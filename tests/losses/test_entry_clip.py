@@ -33,9 +33,7 @@ def clipped_share(student: Tensor, teacher: Tensor, alpha: float, clip: float) -
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)], ids=str)
-def test_logits_equal_the_dense_definition(
-    world: World, size: int, alpha: float, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_logits_equal_the_dense_definition(world: World, size: int, alpha: float, dtype: torch.dtype, tolerance: float) -> None:
     """With 41 of 44 columns real: the last shard ends in padding."""
     case = logits_cases.make(41, dtype)
     assert clipped_share(case["student"], case["teacher"], alpha, CLIP) > 0.9
@@ -70,7 +68,9 @@ def test_gradient_equals_finite_differences(alpha: float) -> None:
     student = case["student"].requires_grad_()
     for clip in (0.0, 0.02, 0.3):
         assert torch.autograd.gradcheck(
-            lambda x, clip=clip: token_divergence(x, case["teacher"], alpha=alpha, temperature=0.7, vocab_size=6, entry_clip=clip),
+            lambda x, clip=clip: token_divergence(
+                x, case["teacher"], alpha=alpha, temperature=0.7, vocab_size=6, entry_clip=clip
+            ),
             student,
         )
 

@@ -115,9 +115,7 @@ def divergence_terms(student: Tensor, teacher: Tensor, alpha: float, entry_clip:
     return teacher_ratio.mul_(teacher.exp()).mul_(alpha).add_(student_part, alpha=1 - alpha), student_part
 
 
-def student_gradient(
-    student: Tensor, teacher: Tensor, alpha: float, mean: Tensor, entry_clip: float | None = None
-) -> Tensor:
+def student_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tensor, entry_clip: float | None = None) -> Tensor:
     """dD/dz, z = student logits / temperature, elementwise; `mean` is the last sum of `divergence_terms`, broadcast to it."""
     if entry_clip is not None:
         return _clipped_gradient(student, teacher, alpha, mean, entry_clip)
@@ -153,9 +151,7 @@ def _clipped_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tens
     return torch.where(kept, student_gradient(student, teacher, alpha, mean), of_clipped)
 
 
-def _terms_and_limit(
-    student: Tensor, teacher: Tensor, alpha: float, ceiling: float
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def _terms_and_limit(student: Tensor, teacher: Tensor, alpha: float, ceiling: float) -> tuple[tuple[Tensor, ...], Tensor]:
     """The summands without clipping, and what the first of them may be at most."""
     terms = divergence_terms(student, teacher, alpha)
     if alpha not in (0, 1):

@@ -199,9 +199,7 @@ class _FusedDivergence(torch.autograd.Function):
             for row, one in zip(partial, (student, teacher), strict=False):
                 score = _score_here(one.logits, column[chunk], setting)
                 row[chunk] = torch.where(column[chunk] >= 0, (score - one.norms[0]) - one.norms[1], 0)
-            partial[2:, chunk] = setting.passes.sums(
-                student, teacher, setting.alpha, setting.temperature, setting.entry_clip
-            )
+            partial[2:, chunk] = setting.passes.sums(student, teacher, setting.alpha, setting.temperature, setting.entry_clip)
         student_log_probs, teacher_log_probs, *rest = totals = sum_over(partial, group)
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, column, norms, totals)
         ctx.setting = setting
