@@ -22,7 +22,7 @@ class Mode:
     """The loss is the negative log-likelihood of the completion's tokens; there is no teacher."""
 
     completions: Literal["student", "reference", "mixed", "starting"] = "student"
-    """What is trained on: the student's samples, references, a share of each, or samples of the model that the run starts from."""
+    """What is trained on: the student's samples, references, a share of each, or samples of the starting model."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

@@ -32,9 +32,7 @@ def needs_engine(run: Run) -> bool:
 def _validate_objective(run: Run) -> None:
     objective = run.objective
     if objective.semantics == "released" and run.mode in BASELINES:
-        raise ConfigError(
-            f"--semantics released is what UniSD's authors' code does, which has no --mode {run.mode}; leave it out"
-        )
+        raise ConfigError(f"--semantics released is what UniSD's authors' code does, without --mode {run.mode}; leave it out")
     if objective.semantics == "released" and run.layout.context_parallel_size > 1:
         raise ConfigError("--semantics released normalises on each rank by itself, which --context-parallel-size would change")
     if not 0.0 <= objective.alpha <= 1.0:

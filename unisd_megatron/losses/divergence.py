@@ -18,8 +18,8 @@ sum T (log T - log S) - T + S (the added terms sum to zero), the JSD per column.
 1e-7 whatever its size, which is all of it when student and teacher almost agree, the regime of self-distillation; here the
 error is relative, and a rounding error of either normaliser cancels to first order.
 
-With `entry_clip` c each entry's contribution d_v (the summand of D above, without the added terms) counts as min(d_v, c) and has
-no gradient where d_v > c. With k_v = 1 where d_v <= c and 0 where it is clipped,
+With `entry_clip` c each entry's contribution d_v (the summand of D above, without the added terms) counts as min(d_v, c), and
+has no gradient where d_v > c. With k_v = 1 where d_v <= c and 0 where it is clipped,
 
     D = sum_v k_v d_v + (1 - k_v) c        dD/dz_v = k_v g_v - S_v sum_u k_u g_u,    g_v = dd_v / d log S_v
 
@@ -62,7 +62,8 @@ def token_divergence(
 
     alpha 0: KL(teacher || student); 1: KL(student || teacher); between: the JSD in which alpha weights the teacher (its limits
     at 0 and 1 are 0, not the KLs). The temperature divides both. entry_clip: nats, the most that one entry of the vocabulary
-    contributes; a clipped entry has no gradient, and a clipped KL may be negative. The result is the same on every rank of `group`; the gradient
+    contributes; a clipped entry has no gradient, and a clipped KL may be negative.
+    The result is the same on every rank of `group`; the gradient
     reaches the student only. Two collectives forward (16 and at most 8 bytes per token), none backward.
 
     Student and teacher bit-equal: D and its gradient are exactly 0. A logit of -inf is probability 0, and 0 log 0 = 0. Where

@@ -5,7 +5,7 @@ Legend: n tokens of the chunk, V columns of this rank that are vocabulary, v col
 Three passes over logits that are never copied as a whole:
 
     softmax      [n, V] -> (m_r, s_r) of this rank's columns
-    sums         student and teacher, normalised over all ranks -> this rank's summands of D, of what its gradient needs, and of H
+    sums         student and teacher, normalised over all ranks -> summands of D, of what its gradient needs, and of H
     to_gradient  overwrites the student's logits with dL/dlogits
 
 `triton_passes` has the same three; `Passes` is what both promise. Here a chunk lies in memory as [V, n], and what is handed on

@@ -82,8 +82,8 @@ class TritonPasses:
                 student.logits,
                 student.logits if teacher is None else teacher.logits,
                 norms, per_token, column.int(), tokens, columns, alpha, temperature, entry_clip or 0.0,
-                KIND=NONE.value if divergence is None else _kind(alpha), CLIP=entry_clip is not None, OF_LOG_PROBS=upstream.log_probs is not None,
-                OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
+                KIND=NONE.value if divergence is None else _kind(alpha), CLIP=entry_clip is not None,
+                OF_LOG_PROBS=upstream.log_probs is not None, OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -157,22 +157,24 @@ def _entry(student, teacher, alpha, KIND: tl.constexpr):
     """Summands of the divergence, before clipping. See divergence.divergence_terms."""
     if KIND == JSD:
         student_ratio, teacher_ratio = _log_ratio_to_mixture(student, teacher, alpha)
-        return alpha * tl.exp(teacher) * teacher_ratio + (1.0 - alpha) * (tl.exp(student) * student_ratio)
+        entry = alpha * tl.exp(teacher) * teacher_ratio + (1.0 - alpha) * (tl.exp(student) * student_ratio)
     elif KIND == REVERSE_KL:
-        return _kl_terms(student, teacher)
+        entry = _kl_terms(student, teacher)
     else:
-        return _kl_terms(teacher, student)
+        entry = _kl_terms(teacher, student)
+    return entry
 
 
 @triton.jit
 def _limit(student, teacher, ceiling, KIND: tl.constexpr):
     """What a summand may be at most. See divergence._terms_and_limit."""
     if KIND == JSD:
-        return tl.zeros_like(student) + ceiling
+        limit = tl.zeros_like(student) + ceiling
     elif KIND == REVERSE_KL:
-        return ceiling + (tl.exp(teacher) - tl.exp(student))
+        limit = ceiling + (tl.exp(teacher) - tl.exp(student))
     else:
-        return ceiling + (tl.exp(student) - tl.exp(teacher))
+        limit = ceiling + (tl.exp(student) - tl.exp(teacher))
+    return limit
 
 
 @triton.jit
@@ -238,7 +240,7 @@ def _to_gradient(
     student_logits, teacher_logits, norms, per_token, column, tokens, columns, alpha, temperature, ceiling,
     KIND: tl.constexpr, CLIP: tl.constexpr, OF_LOG_PROBS: tl.constexpr, OF_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """per_token [5, n]: the sum that the gradient needs (D, or that of divergence.has_mean), H, and the upstream gradients of divergence, log-probability and entropy."""
+    """per_token [5, n]: the sum that the gradient needs, H, and the upstream gradients of divergence, log-probability, entropy."""
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     student = _load(student_logits, row, offsets, columns, temperature) - tl.load(norms + row) - tl.load(norms + tokens + row)
