@@ -106,8 +106,8 @@ def fused_divergence(
     have a graph. vocab_size is one for both models; their heads have the same rows.
     chunk_tokens: tokens whose logits exist at once; by default as many as make chunks of a good size for the device. kernels:
     "torch", "triton", or "auto": Triton on a GPU that has it, except for fp64.
-    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, entry_clip < 0, chunk_tokens < 1, token
-    ids outside the vocabulary, or kernels that cannot run here.
+    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, entry_clip < 0, chunk_tokens < 1,
+    token ids outside the vocabulary, or kernels that cannot run here.
     """
     check_alpha(alpha)
     check_entry_clip(entry_clip)

@@ -83,7 +83,8 @@ class TritonPasses:
                 student.logits if teacher is None else teacher.logits,
                 norms, per_token, column.int(), tokens, columns, alpha, temperature, entry_clip or 0.0,
                 KIND=NONE.value if divergence is None else _kind(alpha), CLIP=entry_clip is not None,
-                OF_LOG_PROBS=upstream.log_probs is not None, OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
+                OF_LOG_PROBS=upstream.log_probs is not None, OF_ENTROPY=upstream.entropy is not None,
+                BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def _to_gradient(
     student_logits, teacher_logits, norms, per_token, column, tokens, columns, alpha, temperature, ceiling,
     KIND: tl.constexpr, CLIP: tl.constexpr, OF_LOG_PROBS: tl.constexpr, OF_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """per_token [5, n]: the sum that the gradient needs, H, and the upstream gradients of divergence, log-probability, entropy."""
+    """per_token [5, n]: the sum that the gradient needs, H, and upstream gradients of divergence, log-probability, entropy."""
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     student = _load(student_logits, row, offsets, columns, temperature) - tl.load(norms + row) - tl.load(norms + tokens + row)

@@ -197,7 +197,7 @@ def _rollouts(run: Run, prepared: Prepared, learner: Learner, starting: Teacher 
 
 
 def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"] | None:
-    """The teacher of a run, if it has one. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
+    """The teacher of a run, if any. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
     if run.method.likelihood:
         return None
     assert run.teacher.teacher is not None
