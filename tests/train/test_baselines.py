@@ -45,7 +45,7 @@ def test_sft_reads_references_and_generates_nothing(world: World, tmp_path: Path
 
 
 def test_gkd_mixes_by_seed_step_and_place(world: World, tmp_path: Path) -> None:
-    """Which sequences are sampled does not depend on the layout; references have no log-probs and the others agree with ours."""
+    """Which sequences are sampled does not depend on the layout; references have no log-probs, the others agree."""
     one, two = (
         run(world, size, tmp_path / str(size), mode="gkd", max_steps=4, tensor_model_parallel_size=size, **SHORT)
         for size in (1, 2)
@@ -80,17 +80,8 @@ def test_a_resumed_run_is_the_unbroken_run(world: World, tmp_path: Path, mode: s
 def test_ssd_samples_from_the_starting_model_throughout(world: World, tmp_path: Path) -> None:
     """A learning rate that wrecks the student changes no sample."""
     for name, rate in (("calm", 1e-9), ("wild", 1e-1)):
-        flags = {"mode": "ssd", "learning_rate": rate, "sample_filter": "none", "lr_scheduler_type": "constant"}
-        run(
-            world,
-            1,
-            tmp_path / name,
-            **flags,
-            max_steps=3,
-            warmup_ratio=0.0,
-            export_hf=True,
-            **{k: v for k, v in SHORT.items()},
-        )
+        flags = {"mode": "ssd", "learning_rate": rate, "sample_filter": "none", "lr_scheduler_type": "constant", **SHORT}
+        run(world, 1, tmp_path / name, **flags, max_steps=3, warmup_ratio=0.0, export_hf=True)
     assert [recorded(tmp_path / "calm", s) for s in range(3)] == [recorded(tmp_path / "wild", s) for s in range(3)]
     assert all(row["version"] == 0 for row in recorded(tmp_path / "wild", 2))
     weights = [load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("calm", "wild")]
@@ -174,8 +165,7 @@ def test_the_data_of_a_run_include_its_references(tmp_path: Path) -> None:
     one = prepare(resolve(flags, {}), 1).identity
     changed = tmp_path / "model"
     shutil.copytree(TINY, changed)
-    settings = (
-        json.loads((changed / "generation_config.json").read_text()) if (changed / "generation_config.json").exists() else {}
-    )
-    (changed / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    path = changed / "generation_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"eos_token_id": 7}))
     assert prepare(resolve({**flags, "model_name": str(changed)}, {}), 1).identity["data"] != one["data"]
