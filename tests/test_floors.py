@@ -17,6 +17,7 @@ GROUND = {
     "errors",
     "setting",
     "accelerator",
+    "caches",
     "config",
     "modes",
     "batch",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unisd_megatron.accelerator import Accelerator as Accelerator
+from unisd_megatron.caches import Caches
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.modes import MODES
+from unisd_megatron.modes import MODES, Mode
 from unisd_megatron.setting import setting
 from unisd_megatron.setting import setting_type as setting_type
 
@@ -148,37 +149,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Caches:
-    """What is computed once, before training, by `unisd prepare`; whatever of this shaped a cache is part of its name."""
-
-    cache_dir: str = setting("cache", "folder of prepared negatives, instructions and embeddings")
-    cache_seed: int = setting(42, "seed of what a model writes into a cache")
-    cache_temperature: float = setting(0.7, "sampling temperature of what a model writes into a cache")
-    cache_engine: Literal["transformers", "vllm"] = setting("transformers", "engine that writes into a cache")
-    negatives_per_example: int = setting(4, "wrong solutions asked for, for each example")
-    negative_tries: int = setting(3, "times that each is drawn, at most, until one is usable and fails the answer check")
-    negative_max_length: int = setting(1024, "tokens of a generated wrong solution")
-    num_demos: int = setting(5, "solved examples that an instruction is induced from")
-    induction_max_length: int = setting(256, "tokens of an induced instruction")
-    retrieval_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "embeds questions; a folder or hub id")
-
-
-NEGATIVE_CACHE = frozenset({"negatives_per_example", "negative_tries", "negative_max_length"})
-INDUCTION_CACHE = frozenset({"num_demos", "induction_max_length"})
-EMBEDDING_CACHE = frozenset({"retrieval_model"})
-WRITTEN_CACHE = frozenset({"cache_seed", "cache_temperature", "cache_engine"})
-"""Settings of one kind of cache; the last are of what a model writes: negatives and instructions."""
-
-CacheKind = Literal["negatives", "induction", "embeddings"]
-CACHE_SETTINGS: Mapping[CacheKind, frozenset[str]] = {
-    "negatives": NEGATIVE_CACHE | WRITTEN_CACHE,
-    "induction": INDUCTION_CACHE | WRITTEN_CACHE,
-    "embeddings": EMBEDDING_CACHE,
-}
-"""Settings that shape each kind of cache."""
-
-
-@dataclass(frozen=True)
 class Rollout:
     """How the student's completions are sampled."""
 
@@ -192,6 +162,13 @@ class Rollout:
     min_p: float = setting(0.0, "drop tokens less likely than this part of the likeliest; 0: none")
     repetition_penalty: float = setting(1.0, "logits of tokens that occurred are divided (negative ones multiplied) by it")
     max_completion_length: int = setting(1024, "tokens; a completion is cut there")
+    on_policy_share: float | None = setting(
+        None, "share of the completions that the student samples, the others are references"
+    )
+    sample_filter: Literal["stubs", "correct", "none"] | None = setting(
+        None, "samples to train on: all but empty ones and programs of one line, those that are right, or all"
+    )
+    num_loss_tokens_to_skip: int = setting(0, "first tokens of each completion that are left out of the loss")
     mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
     max_logp_gap: float | None = setting(
         None,
@@ -230,6 +207,7 @@ class Objective:
         0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher"
     )
     token_clip: float | None = setting(None, "ceiling of a token's divergence, nats")
+    entry_clip: float | None = setting(None, "most that one entry of the vocabulary adds to a token's divergence, nats")
     token_clip_quantile: float | None = setting(None, "ceiling as a quantile of the previous step's divergences")
     gamma_agreement: float | None = setting(None, "strength of the agreement weights")
     agreement_stat: Literal["var", "range"] = setting("var", "disagreement of the K views: variance or range")
@@ -309,6 +287,11 @@ class Run:
     optimization: Optimization
     schedule: Schedule
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def method(self) -> Mode:
+        """What the mode switches on."""
+        return MODES[self.mode]
 
     @property
     def agreement(self) -> Literal["token", "sequence"] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 
-from unisd_megatron.config import INDUCTION_CACHE, NEGATIVE_CACHE, Caches, Run
+from unisd_megatron.caches import INDUCTION_CACHE, NEGATIVE_CACHE, Caches
+from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.modes import MODES
+from unisd_megatron.modes import BASELINES, MODES
 
 
 def validate(run: Run, world_size: int) -> None:
@@ -37,6 +38,12 @@ def _validate_accelerator(run: Run, world_size: int) -> None:
             f"--teacher_memory {run.teacher.teacher_memory} lends the student's weights, and FP8 weights could not be put back "
             "to the bit; use --teacher_memory beside, or drop --fp8-param-gather",
         ),
+        (
+            not asked.fp8_param_gather or run.method.completions != "starting",
+            f"--mode {run.mode} lends starting weights to the student, and FP8 weights could not be put back to the bit; "
+            "drop --fp8-param-gather",
+        ),
+        (not teacher or not run.method.likelihood, f"--teacher-fp8: --mode {run.mode} has no teacher; drop it"),
         (
             not teacher or run.teacher.teacher != "live",
             "--teacher-fp8 with --teacher live: the teacher is the student; use --fp8-format for both",
@@ -103,8 +110,20 @@ def _overlap_checks(run: Run) -> list[tuple[bool, str]]:
     ]
 
 
+def samples(run: Run) -> bool:
+    """Whether an engine samples what is trained on."""
+    return run.method.completions != "reference" and run.rollout.on_policy_share != 0
+
+
+def needs_engine(run: Run) -> bool:
+    """Whether anything is generated: to train on, or to evaluate."""
+    return samples(run) or run.schedule.eval_steps > 0
+
+
 def _validate_objective(run: Run) -> None:
     objective = run.objective
+    if objective.semantics == "released" and run.mode in BASELINES:
+        raise ConfigError(f"--semantics released is what UniSD's authors' code does, without --mode {run.mode}; leave it out")
     if objective.semantics == "released" and run.layout.context_parallel_size > 1:
         raise ConfigError("--semantics released normalises on each rank by itself, which --context-parallel-size would change")
     if not 0.0 <= objective.alpha <= 1.0:
@@ -113,6 +132,8 @@ def _validate_objective(run: Run) -> None:
         raise ConfigError("--token_clip and --token_clip_quantile exclude each other; give one")
     if objective.token_clip is not None and objective.token_clip <= 0:
         raise ConfigError(f"--token_clip is {objective.token_clip}; a ceiling must be positive")
+    if objective.entry_clip is not None and objective.entry_clip <= 0:
+        raise ConfigError(f"--entry_clip is {objective.entry_clip}; a ceiling must be positive")
     if objective.token_clip_quantile is not None and not 0.0 < objective.token_clip_quantile < 1.0:
         raise ConfigError(f"--token_clip_quantile is {objective.token_clip_quantile}; it lies between 0 and 1")
     if (objective.gamma_agreement or 0.0) < 0:
@@ -159,6 +180,15 @@ def _validate_rollout(run: Run, world_size: int) -> None:
             raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
         if rollout.importance_sampling_cap is not None:
             raise ConfigError("--importance_sampling_cap needs log-probs of the weights that sampled; drop --rollout replay")
+    share = rollout.on_policy_share
+    if run.method.completions == "mixed" and (share is None or not 0.0 <= share <= 1.0):
+        raise ConfigError(f"--on_policy_share is {share}; it lies between 0 and 1")
+    if run.method.completions == "starting" and rollout.sample_filter is None:
+        raise ConfigError(f"--mode {run.mode} needs --sample_filter stubs, correct or none")
+    if run.method.completions == "mixed" and rollout.max_rollout_lag:
+        raise ConfigError(
+            f"--max_rollout_lag asks ahead for whole batches, of which --mode {run.mode} samples a part; leave it out"
+        )
     if not vllm.use_vllm:
         return
     if run.origins.get("rollout") == "flag":
@@ -235,6 +265,7 @@ def _validate_ranges(run: Run) -> None:
         (run.vllm.vllm_kv_cache_gib > 0, "--vllm_kv_cache_gib must be positive"),
         (run.vllm.vllm_server_timeout > 0, "--vllm_server_timeout must be positive"),
         (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
+        (run.rollout.num_loss_tokens_to_skip >= 0, "--num_loss_tokens_to_skip must not be negative"),
         (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
         (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),
         (run.data.demo_k >= 1, "--demo_k must be at least 1"),

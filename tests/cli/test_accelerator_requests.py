@@ -29,6 +29,12 @@ REFUSED: dict[str, tuple[dict[str, str | None], str, str]] = {
         "--teacher_memory swap",
         "beside",
     ),
+    "FP8 parameters lent to sample": (
+        {**FP8, **SHARDED, "--fp8-param-gather": "", "--mode": "ssd"},
+        "starting weights",
+        "drop --fp8-param-gather",
+    ),
+    "teacher FP8 of no teacher": ({"--teacher-fp8": "", "--bf16": "", "--mode": "sft"}, "has no teacher", "drop it"),
     "FP8 of a live teacher": (
         {"--teacher-fp8": "", "--bf16": "", "--teacher": "live"},
         "the teacher is the student",

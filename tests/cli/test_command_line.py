@@ -64,7 +64,7 @@ def test_run_json_repeats_the_run(earlier: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> None:
     contexts = {"num_auxiliary_contexts": 2} if MODES[mode].agreement else {}
-    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "temperature": 0.9, **contexts}, {})
+    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "learning_rate": 1e-3, **contexts}, {})
     write_run_file(run, tmp_path, {})
     again = resolve(*given_settings(parse(["train", "--config", str(tmp_path / "run.json"), "--output-dir", "o"])))
     assert again == run

@@ -72,7 +72,10 @@ class Teacher:
         """
         precision = self._exactly if exactly else self._precision
         self.model.settle()
-        with self._weights_in_place(), precision(self.model):
+        self._head = None
+        with self.in_place(), precision(self.model):
+            if self._borrows and self.grid.is_last_stage:
+                self._head = self.model.head_weight().detach().clone()
             return schedule.score(self.model.chunks, views, listen, self.grid)
 
     def head_weight(self) -> Tensor:
@@ -125,7 +128,7 @@ class Teacher:
             parameter.copy_(weights[name])
 
     @contextlib.contextmanager
-    def _weights_in_place(self) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
         """The module holds the teacher's weights; afterwards, whatever happens, the student's again, bit for bit."""
         if not self._borrows:
             yield
@@ -134,10 +137,7 @@ class Teacher:
         # Made anew for each pass: the student's backward, the step's peak of memory, does not have it.
         aside = StageShards(self.model.named_shards(), self.grid, on_host=self._on_host)
         try:
-            self._head = None
             self.shards.write_(self.model.named_shards())
-            if self.grid.is_last_stage:
-                self._head = self.model.head_weight().detach().clone()
             yield
         finally:
             aside.write_(self.model.named_shards())

@@ -94,7 +94,8 @@ class Rig:
     ) -> tuple[float, dict[str, Tensor], float]:
         """Loss, full gradients by Hugging Face name, and the norm that clipping would use, on every rank. Collective."""
         objective = Objective(settings, self.grid.data, self.grid.data_context)
-        learner = Learner(self.student, teacher or self.teacher, objective, self.arch, self.grid)
+        teacher = None if settings.likelihood else teacher or self.teacher
+        learner = Learner(self.student, teacher, objective, self.arch, self.grid)
         work = share_out(samples, learner, self.layout, mask_truncated=True)
         tally = gather_tally(compute_gradients(learner, work), self.grid)
         gradients = dict(stream.full_tensors(self.student.named_gradients(), self.mappings, self.grid))
@@ -121,7 +122,10 @@ class Rig:
 
 
 def make_samples() -> list[Sample]:
-    """A fixed global batch of ragged sequences; one was cut and counts for nothing."""
+    """A fixed global batch of ragged sequences; one was cut and one was filtered out, which count for nothing.
+
+    Two are references, which no engine sampled. Log-probs of the others are such that importance ratios lie around 1.
+    """
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
@@ -132,7 +136,9 @@ def make_samples() -> list[Sample]:
         names = [STUDENT, TEACHER, NEGATIVE, *(auxiliary(k) for k in range(VIEWS))]
         prompts = Prompts(str(i), {name: ids(3, 20) for name in names})
         completion = ids(1, 12)
-        samples.append(Sample(prompts, Completion(completion, (0.0,) * len(completion), "length" if i == 5 else "stop")))
+        log_probs = () if i in (0, 3) else tuple(rng.uniform(-7.0, -4.0) for _ in completion)
+        said = Completion(completion, log_probs, "length" if i == 5 else "stop")
+        samples.append(Sample(prompts, said, counts=i != 2))
     return samples
 
 
@@ -145,6 +151,9 @@ def cases(path: str) -> Iterator[tuple[str, LossSettings]]:
     yield "JSD 0.3", dataclasses.replace(vanilla, alpha=0.3)
     yield "clip 2", dataclasses.replace(vanilla, token_clip=2.0)
     yield "unisd_star, JSD 0.5, clip 0.2", dataclasses.replace(_settings("unisd_star", path), alpha=0.5, token_clip=0.2)
+    yield "reverse KL, entry clip 0.02", dataclasses.replace(vanilla, alpha=1.0, entry_clip=0.02)
+    yield "JSD 0.3, entry clip 0.02", dataclasses.replace(vanilla, alpha=0.3, entry_clip=0.02)
+    yield "unisd_star without 2 tokens", dataclasses.replace(_settings("unisd_star", path), skipped_tokens=2)
     yield "agreement_seq range", dataclasses.replace(_settings("agreement_seq_random", path), agreement_stat="range", gamma=0.5)
     yield "agreement_tok range", dataclasses.replace(_settings("agreement_tok_random", path), agreement_stat="range")
 
@@ -207,7 +216,7 @@ def _same_model(rig: Rig, alpha: float) -> Case:
     """Student and teacher are one model reading one prompt: loss and gradient must vanish."""
     settings = dataclasses.replace(_settings("vanilla", rig.path), alpha=alpha)
     same = [
-        Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion)
+        Sample(Prompts(s.prompts.id, dict(s.prompts.views) | {TEACHER: s.prompts.views[STUDENT]}), s.completion, s.counts)
         for s in rig.samples
     ]
     loss, gradients, norm = rig.gradients(settings, same, Teacher(rig.student.model, "live", rig.grid))

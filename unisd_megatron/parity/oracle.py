@@ -37,19 +37,29 @@ def step_loss(
 
     Args: heard: what is said behind each view of each sample: by the student behind its own, else by the teacher.
     """
-    kept = [i for i, s in enumerate(samples) if not (mask_truncated and s.completion.finish_reason == "length")]
-    tokens = {i: torch.tensor(samples[i].completion.token_ids) for i in kept}
+    skip = settings.skipped_tokens
+    kept = [
+        i
+        for i, s in enumerate(samples)
+        if s.counts and not (mask_truncated and s.completion.finish_reason == "length") and len(s.completion.token_ids) > skip
+    ]
+    tokens = {i: torch.tensor(samples[i].completion.token_ids[skip:]) for i in kept}
+    heard = [{name: Said(said.logits[skip:], said.hidden[skip:]) for name, said in views.items()} for views in heard]
     token_weights, sequence_weights = _agreement({i: heard[i] for i in kept}, tokens, settings)
     total = torch.zeros((), dtype=torch.float64)
     for i in kept:
         of_student, of_teacher = heard[i][STUDENT], heard[i][TEACHER]
-        divergence = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        if settings.likelihood:
+            total = total - _log_prob(of_student.logits, tokens[i], 1.0).mean() / len(kept)
+            continue
+        entries = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        divergence = (entries if settings.entry_clip is None else entries.clamp(max=settings.entry_clip)).sum(-1)
         if settings.token_clip is not None:
             divergence = divergence.clamp(max=settings.token_clip)
         ratio = torch.ones_like(divergence)
-        if settings.importance_cap is not None:
+        if settings.importance_cap is not None and samples[i].completion.log_probs:
             sampled = _log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
-            ratio = (sampled - torch.tensor(samples[i].completion.log_probs)).exp().clamp(max=settings.importance_cap)
+            ratio = (sampled - torch.tensor(samples[i].completion.log_probs[skip:])).exp().clamp(max=settings.importance_cap)
         weights = token_weights[i]
         main = (weights * ratio * divergence).sum() / weights.sum()
         total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
@@ -70,13 +80,14 @@ def _log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
+    """What each entry of the vocabulary contributes, `[T, V]`."""
     log_s, log_t = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     if alpha == 0:
-        return (log_t.exp() * (log_t - log_s)).sum(-1)
+        return log_t.exp() * (log_t - log_s)
     if alpha == 1:
-        return (log_s.exp() * (log_s - log_t)).sum(-1)
+        return log_s.exp() * (log_s - log_t)
     log_m = ((1 - alpha) * log_s.exp() + alpha * log_t.exp()).log()
-    return alpha * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - alpha) * (log_s.exp() * (log_s - log_m)).sum(-1)
+    return alpha * log_t.exp() * (log_t - log_m) + (1 - alpha) * log_s.exp() * (log_s - log_m)
 
 
 def _agreement(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from unisd_megatron.config import CACHE_SETTINGS, CacheKind, Caches, Data
+from unisd_megatron.caches import CACHE_SETTINGS, CacheKind, Caches
+from unisd_megatron.config import Data
 from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, open_source
 from unisd_megatron.data import TASKS, Record, Task

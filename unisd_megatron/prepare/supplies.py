@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from unisd_megatron.config import NEGATIVE_CACHE, Run
+from unisd_megatron.caches import NEGATIVE_CACHE
+from unisd_megatron.config import Run
 from unisd_megatron.data.contexts import Instruction, Nearest
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.prepare import embeddings, induction, negatives

@@ -30,6 +30,7 @@ class Form:
     equal_lengths: bool  # rows of all micro-batches are as long as the longest (interleaved schedule)
     device: torch.device
     context: Axis = Axis()  # ranks that share each packed row
+    skip: int = 0  # first completion tokens that count for nothing
     granularity: int = 0  # the teacher's rows are as long as the student's, a multiple of this (buffers of one size)
     least: int = 0  # and at least so long
 
@@ -59,7 +60,8 @@ def form_of(learner: Learner, layout: Layout, views: Sequence[str], *, mask_trun
     grid, student = learner.grid, learner.student
     shards = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
-    form = Form(views, layout.packing, shards * student.row_multiple, mask_truncated, interleaved, grid.device, grid.context)
+    multiple, skip = shards * student.row_multiple, learner.objective.settings.skipped_tokens
+    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context, skip)
     if not student.model.config.tp_comm_overlap:
         return form
     return replace(form, granularity=userbuffers.GRANULARITY, least=userbuffers.row_length())
@@ -120,7 +122,8 @@ def _packed_reading(
         if low < high:
             places.append(torch.arange(begin + low - first, begin + high - first))
             there = slice(low - mine.start, high - mine.start)
-            if tuple(wanted[i][there]) != groups[i][j].completion.token_ids[low - first : high - first]:
+            token_ids = groups[i][j].completion.token_ids[form.skip :]
+            if tuple(wanted[i][there]) != token_ids[low - first : high - first]:
                 raise CheckFailed(f"the teacher's {name} view would be compared with other tokens than the student's")
             pieces.append(Piece(i, name, slice(rows, rows + high - low), there))
             rows += high - low
@@ -146,8 +149,9 @@ def _lengthened(view: View, length: int, form: Form) -> View:
 def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
     completions, mask = [sample.completion.token_ids for sample in samples], _mask(samples, form)
     completion = _padded(completions, 1)
-    log_probs = torch.zeros(completion.shape)
+    log_probs, sampled = torch.zeros(completion.shape), torch.zeros(completion.shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
+        sampled[row] = sample.completion.sampled
         log_probs[row, : len(sample.completion.log_probs)] = torch.tensor(sample.completion.log_probs)
     share = _even_share(int(mask.sum()), form.context)
     mine = torch.zeros_like(mask)
@@ -159,6 +163,7 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
         mine=mine.to(form.device),
         token_ids=completion[mine].to(form.device),
         engine_log_probs=log_probs[mine].to(form.device),
+        sampled=sampled[mine].to(form.device),
         view=_view(samples, [STUDENT] * len(samples), form),
     )
 
@@ -166,8 +171,9 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
 def _mask(samples: Sequence[Sample], form: Form) -> Tensor:
     """Which completion positions count, `[B, T]`."""
     counts = torch.tensor([len(sample.completion.token_ids) for sample in samples])
-    kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
-    return (torch.arange(int(counts.max())) < counts[:, None]) & kept[:, None]
+    kept = torch.tensor([s.counts and not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
+    steps = torch.arange(int(counts.max()))
+    return (steps >= form.skip) & (steps < counts[:, None]) & kept[:, None]
 
 
 def _even_share(total: int, context: Axis) -> slice:

@@ -25,16 +25,19 @@ def add_drift(tally: Tally, learner: Learner, work: Work, hidden: Sequence[Tenso
     Args: hidden: what the teacher said of the primary view as it reads: final hidden states `[n, h]` of each micro-batch.
     """
 
+    teacher = learner.teacher
+    assert teacher is not None, "validation refuses --teacher-fp8 where there is no teacher"
+
     def listen(i: int, rows: Tensor) -> list[tuple[Piece, Tensor]]:
         return [(piece, rows[piece.here]) for piece in work.readings[i].pieces if piece.name == TEACHER]
 
-    said = learner.teacher.score([reading.view for reading in work.readings], listen, exactly=True)
+    said = teacher.score([reading.view for reading in work.readings], listen, exactly=True)
     if not learner.grid.is_last_stage:
         return
     exact = [torch.full_like(rows, torch.nan) for rows in hidden]
     for piece, rows in itertools.chain.from_iterable(said):
         exact[piece.batch][piece.there] = rows
-    settings, head = learner.objective.settings, learner.teacher.head_weight()
+    settings, head = learner.objective.settings, teacher.head_weight()
     for batch, coarse, fine in zip(work.batches, hidden, exact, strict=True):
         found = compare(
             Readout(coarse, head),

@@ -50,15 +50,16 @@ def train(run: Run) -> None:
     minutes = run.schedule.distributed_timeout_minutes
     with course.told(output) as where, start.world(platform, run.layout, run.schedule.seed, minutes) as grid:
         parts = assemble(run, prepared, platform, grid)
-        with contextlib.closing(parts.rollouts.engine):
+        engine = parts.rollouts.engine
+        with contextlib.nullcontext() if engine is None else contextlib.closing(engine):
             if resume is not None:
                 checkpoint.restore(resume, parts.learner)
             dist.barrier()
             journal = _open_journal(run, prepared, output, first, platform.lines, resume) if grid.world.rank == 0 else None
-            if journal is not None and isinstance(parts.rollouts.engine, ServerEngine):
-                for note in parts.rollouts.engine.notes:
+            if journal is not None and isinstance(engine, ServerEngine):
+                for note in engine.notes:
                     journal.say(note)
-                parts.rollouts.engine.tell = journal.say
+                engine.tell = journal.say
             try:
                 _steps(parts, prepared, where.steps(range(first, prepared.max_steps)), output, journal, held_out)
             finally:
@@ -145,12 +146,14 @@ def _evaluate(
     parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None, held_out: HeldOut
 ) -> None:
     """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`."""
-    parts.rollouts.sync.refresh(steps_done)
+    engine, sync = parts.rollouts.engine, parts.rollouts.sync
+    assert engine is not None and sync is not None
+    sync.refresh(steps_done)
     longest = parts.run.rollout.max_completion_length
     score = accuracy(
         answer(
             each_sample(held_out.questions),
-            parts.rollouts.engine,
+            engine,
             Sampling(0.0, 1.0, 0, longest, prepared.eos_ids),
             prepared.tokenizer,
             held_out.judge,
@@ -175,6 +178,7 @@ def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> N
             "log_probs": sample.completion.log_probs,
             "finish_reason": sample.completion.finish_reason,
             "version": sample.completion.version,
+            "counts": sample.counts,
         }
         for i, sample in enumerate(report.samples)
     ]

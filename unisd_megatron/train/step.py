@@ -65,15 +65,16 @@ def train_step(parts: Parts, step: int) -> Report:
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts, step)
     metrics = merged.read() | parts.rollouts.metrics
-    metrics["rollout/lag"] = float(step - min(sample.completion.version for sample in samples))
+    metrics |= _of_samples(parts.run, samples, step)
     # Only the last stage saw the divergences; every rank needs the ceiling for the checkpoint.
     learner.objective.ceiling = metrics.get("clip/next_ceiling", learner.objective.ceiling)
     metrics["grad_norm"] = learner.student.gradient_norm()
     if not math.isfinite(metrics["grad_norm"]):
         raise CheckFailed(f"step {step}: the gradient norm is {metrics['grad_norm']}; the last checkpoint is untouched")
     metrics["learning_rate"] = learner.student.step(step)
-    with learner.student.in_full() if learner.teacher.is_due(step + 1) else contextlib.nullcontext():
-        metrics["teacher/moved"] = float(learner.teacher.follow(learner.student, step + 1))
+    if (teacher := learner.teacher) is not None:
+        with learner.student.in_full() if teacher.is_due(step + 1) else contextlib.nullcontext():
+            metrics["teacher/moved"] = float(teacher.follow(learner.student, step + 1))
     clock.lap("seconds/optimizer")
     return Report(metrics | clock.laps | _speed(metrics, clock), samples)
 
@@ -104,8 +105,9 @@ def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None,
     divergences: list[Tensor] = []
 
     def loss(i: int, rows: Tensor) -> Tensor:
-        stats = _compare(learner, batches[i], rows, hidden[i], tally)
-        divergences.append(stats.divergence.detach())
+        stats = _compare(learner, batches[i], rows, hidden[i] if hidden else None, tally)
+        if stats.divergence is not None:
+            divergences.append(stats.divergence.detach())
         return learner.objective.share_of_loss(stats, shares[i], tally)
 
     learner.student.learn([batch.view for batch in batches], loss)
@@ -123,7 +125,9 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
     Returns, on the last stage: final hidden states of the primary view at the kept tokens, `[n, h]` per micro-batch, and
     the sampled-token log-probs of the other views. Nothing of the size of the vocabulary is kept.
     """
-    views = learner.objective.settings.teacher_views
+    teacher, views = learner.teacher, learner.objective.settings.teacher_views
+    if teacher is None:
+        return [], [Heard(batch.mask, batch.mine) for batch in work.batches]
 
     def listen(i: int, rows: Tensor) -> list[tuple[Piece, Tensor]]:
         out: list[tuple[Piece, Tensor]] = []
@@ -133,11 +137,11 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
                 said = torch.cat([rows[piece.here] for piece in pieces])
                 if name != TEACHER:
                     token_ids = torch.cat([work.batches[piece.batch].token_ids[piece.there] for piece in pieces])
-                    said = _log_probs(learner, said, token_ids, views[name])
+                    said = _log_probs(learner, Readout(said, teacher.head_weight()), token_ids, views[name])
                 out += zip(pieces, said.split([piece.here.stop - piece.here.start for piece in pieces]), strict=True)
         return out
 
-    said = learner.teacher.score([reading.view for reading in work.readings], listen)
+    said = teacher.score([reading.view for reading in work.readings], listen)
     if not learner.grid.is_last_stage:
         return [], []
     by_batch: list[dict[str, Tensor]] = [{} for _ in work.batches]
@@ -151,9 +155,9 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
     return [one.get(TEACHER, empty) for one in by_batch], heard
 
 
-def _log_probs(learner: Learner, rows: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+def _log_probs(learner: Learner, model: Readout, token_ids: Tensor, temperature: float) -> Tensor:
     return sampled_log_probs(
-        Readout(rows, learner.teacher.head_weight()),
+        model,
         token_ids=token_ids,
         temperature=temperature,
         vocab_size=learner.arch.vocab_size,
@@ -177,10 +181,14 @@ def _heard(said: dict[str, Tensor], batch: MicroBatch, learner: Learner) -> Hear
     )
 
 
-def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Tensor, tally: Tally) -> TokenStats:
+def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Tensor | None, tally: Tally) -> TokenStats:
     settings, group = learner.objective.settings, learner.grid.tensor.group
+    student = Readout(rows, learner.student.model.head_weight())
+    if learner.teacher is None or teacher_rows is None:
+        said_alone = _log_probs(learner, student, batch.token_ids, settings.temperature)
+        return TokenStats(student_log_probs=scatter(said_alone, batch.mine))
     said = compare(
-        Readout(rows, learner.student.model.head_weight()),
+        student,
         Readout(teacher_rows, learner.teacher.head_weight()),
         token_ids=batch.token_ids,
         alpha=settings.alpha,
@@ -188,16 +196,17 @@ def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Te
         vocab_size=learner.arch.vocab_size,
         group=group,
         path=settings.path,
+        entry_clip=settings.entry_clip,
     )
-    gap = (said.student_log_probs.detach() - batch.engine_log_probs).abs()
-    tally.add_mean("rollout/logp_gap", gap)
-    tally.add_max("rollout/logp_gap_max", gap)
+    above = said.student_log_probs.detach() - batch.engine_log_probs
+    tally.add_mean("rollout/logp_gap", above.abs(), batch.sampled)
+    tally.add_max("rollout/logp_gap_max", above.abs(), batch.sampled)
     importance = None
     if settings.importance_cap is not None:
-        ratio = (said.student_log_probs.detach() - batch.engine_log_probs).exp()
+        ratio = torch.where(batch.sampled, above.exp(), 1.0)  # nobody sampled a reference: there is nothing to correct
         importance = ratio.clamp(max=settings.importance_cap)
-        tally.add_mean("rollout/importance", importance)
-        tally.add_mean("rollout/importance_truncated_fraction", (importance < ratio).float())
+        tally.add_mean("rollout/importance", importance, batch.sampled)
+        tally.add_mean("rollout/importance_truncated_fraction", (importance < ratio).float(), batch.sampled)
     feature = feature_distance(replicated_use(rows, group), teacher_rows) if settings.matching_weight else None
     return TokenStats(
         divergence=scatter(said.divergence, batch.mine),
@@ -244,6 +253,17 @@ def _count(work: Work, learner: Learner, tally: Tally) -> None:
     tally.add_mean(
         "padding_fraction", torch.tensor([work.padding_fraction([STUDENT, *learner.objective.settings.teacher_views])])
     )
+
+
+def _of_samples(run: Run, samples: Sequence[Sample], step: int) -> dict[str, float]:
+    """How old the weights were that sampled, and where completions come from and go to in modes in which that varies."""
+    versions = [sample.completion.version for sample in samples if sample.completion.sampled]
+    found = {"rollout/lag": float(step - min(versions))} if versions else {}
+    if run.method.completions == "mixed":
+        found["rollout/on_policy_share"] = len(versions) / len(samples)
+    if run.method.completions == "starting":
+        found["completions/kept_fraction"] = sum(sample.counts for sample in samples) / len(samples)
+    return found
 
 
 def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:
