@@ -275,7 +275,14 @@ class Schedule:
     eval_steps: int = setting(0, "optimizer steps between held-out evaluations; 0: none")
     eval_examples: int = setting(300, "held-out questions per evaluation")
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
-    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "a checkpoint folder of this run, `latest`, or `auto`: the latest if there is one, the start if there is none, "
+        "nothing if the run is finished; the same command line then serves every start of a run",
+    )
+    exit_duration_in_mins: float | None = setting(
+        None, "stop with a checkpoint at the end of the step in which so many minutes since the start have passed"
+    )
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
 
@@ -345,6 +352,7 @@ RESUME_MAY_CHANGE = frozenset(
     | {"output_dir", "save_steps", "save_total_limit", "async_save", "eval_steps", "eval_examples", "eval_data_path"}
     | {
         "resume_from_checkpoint",
+        "exit_duration_in_mins",
         "export_hf",
         "save_rollouts",
         "max_logp_gap",

@@ -163,6 +163,10 @@ def _validate_ranges(run: Run) -> None:
             min(run.schedule.save_steps, run.schedule.eval_steps, run.schedule.save_total_limit) >= 0,
             "step counts must not be negative",
         ),
+        (
+            run.schedule.exit_duration_in_mins is None or run.schedule.exit_duration_in_mins > 0,
+            "--exit-duration-in-mins must be positive",
+        ),
         (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
     ]
     for holds, message in checks:

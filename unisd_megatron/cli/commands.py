@@ -33,7 +33,8 @@ def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
     prepare_libraries()
     from unisd_megatron.train.loop import train as carry_out
 
-    carry_out(run)
+    if rest := carry_out(run):
+        say(rest)
     return 0
 
 
