@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd_megatron.cli import commands
+from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
@@ -48,15 +49,25 @@ def _underscored(word: str) -> str:
 
 
 def _add_train(subparsers: Any) -> None:
-    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request), request), "One training run.")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
     parser.add_argument("--mode", default=argparse.SUPPRESS, help=f"one of {', '.join(MODES)} (unisd_star)")
     flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
+    _add_dry_run(parser)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for group, item in all_settings():
         _add_setting(groups[group], GROUPS[group], item)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run")
+    flag(group, "dry_run", action="store_true", help="check settings, layout and memory, name the files needed, start nothing")
+    flag(group, "gpus", type=int, metavar="N", help="GPUs to train on (1)")
+    flag(group, "gpus_per_node", type=int, metavar="N", help="of these, in one host (8)")
+    flag(group, "gpu", metavar="NAME", help="what they are; a wrong name lists them (h100)")
+    flag(group, "server_gpus", type=int, metavar="N", help="GPUs of each rollout server")
 
 
 def _add_setting(group: Any, cls: type, item: Any) -> None:
@@ -90,7 +101,7 @@ def _metavar(kind: type, choices: Sequence[str] | None) -> str | None:
 
 def given_settings(request: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
     """`(flags, file values, file name)`: what the user stated, apart by origin."""
-    ignored = {"config", "command", "subcommand"}
+    ignored = {"config", "command", "subcommand", "dry_run", *ONLY_HERE}
     flags = {name: value for name, value in vars(request).items() if name not in ignored}
     return flags, _read_config(request.config) if request.config else {}, request.config or "--config"
 
