@@ -136,7 +136,9 @@ def _on_the_hub(kind: str, name: str) -> str:
     if folder.is_dir() and any(folder.iterdir()):
         return f"present in {cache}"
     flag = " --repo-type dataset" if kind == "datasets" else ""
-    return f"missing in {cache}: `hf download{flag} {name}`; fetched at the start where the hub can be reached"
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+    when = "before the start, since HF_HUB_OFFLINE is set" if offline else "or let the start fetch it"
+    return f"missing in {cache}: `hf download{flag} {name}`, {when}"
 
 
 def _output(run: Run) -> Given:
