@@ -8,9 +8,11 @@
 #   RUN_ID               a name for this start
 #   SERVER_HOSTS         names of the last SERVER_NODES nodes, separated by spaces
 #   UNISD_SERVER_TOKEN   a secret between trainer and servers
+#   STOP_FILE            on a file system that all see: while it is there, ranks are asked to stop (optional)
 # and of this node: ROLE   train (default) or server
 : "${PYTHON:=python3}" "${ROLE:=train}" "${HEAD:=localhost}" "${PORT:=29500}" "${RUN_ID:=unisd}" "${MAX_RESTARTS:=3}"
-: "${SERVER_NODES:=0}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_PORT:=8000}" "${SERVER_HOSTS:=}" "${DRY_RUN:=}" "${CHECK:=1}"
+: "${SERVER_NODES:=0}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_PORT:=8000}" "${SERVER_HOSTS:=}" "${DRY_RUN:=}" "${CHECK:=1}" "${STOP_FILE:=}"
+SIGNALLED=""
 
 REPOSITORY="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd -- "$REPOSITORY" || exit # paths in configurations are relative to it
@@ -58,43 +60,52 @@ tell_ranks() {
     ((${#ranks[@]} == 0)) || kill -USR1 "${ranks[@]}" 2>/dev/null || true
 }
 
-# Runs torchrun. USR1 or TERM to this script: the ranks stop after the step they are in, with a checkpoint.
+# Whether this script was sent USR1 or TERM, or the job's stop file is there.
+asked() {
+    [[ -n $SIGNALLED ]] || [[ -n $STOP_FILE && -e $STOP_FILE ]]
+}
+
+# Runs torchrun. Where the end is asked for, the ranks stop after the step they are in, with a checkpoint.
 train() {
-    local status=0 asked=
-    trap 'asked=1' USR1 TERM
+    local status=0 torchrun
     # Ignored until a rank is ready for it: the signal would end a process that has not come so far.
-    (trap '' USR1; exec "${TORCHRUN[@]}") &
-    local torchrun=$!
+    (
+        trap '' USR1
+        exec "${TORCHRUN[@]}"
+    ) &
+    torchrun=$!
     while kill -0 "$torchrun" 2>/dev/null; do
         # Again and again: ranks that were starting have ignored it.
-        if [[ -n $asked ]]; then
-            tell_ranks "$torchrun"
-            sleep 5 &
-            wait -n "$torchrun" $! || true
-        else
-            wait "$torchrun" || true
-        fi
+        ! asked || tell_ranks "$torchrun"
+        sleep 5 &
+        wait -n "$torchrun" $! || true
     done
     wait "$torchrun" || status=$?
-    trap - USR1 TERM
+    say_how_it_ended
+    return "$status"
+}
+
+say_how_it_ended() {
     if [[ -f $OUTPUT_DIR/finished.json ]]; then
         echo "launch: $OUTPUT_DIR is finished"
     else
         echo "launch: $OUTPUT_DIR is not finished; the same command goes on from its last complete checkpoint"
     fi
-    return "$status"
 }
 
 # The servers of this node, until one ends or this script is told to end.
 serve() {
-    local number gpus servers=() model="$MODEL"
+    local number gpus servers=() model="$MODEL" address="${SLURMD_NODENAME:-$(hostname)}"
+    "$PYTHON" -c 'import socket, sys
+if socket.gethostbyname(sys.argv[1]).startswith("127."):
+    sys.exit(f"launch: this host calls itself {sys.argv[1]}, which other hosts cannot reach (127.x); correct /etc/hosts")' "$address"
     [[ -d $model ]] || model="$("$PYTHON" -c 'import sys, huggingface_hub as hub; print(hub.snapshot_download(sys.argv[1]))' "$model")"
     trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
     trap 'exit 0' TERM INT
     trap '' USR1 # it is for the ranks
     for ((number = 0; number < GPUS_PER_NODE / SERVER_GPUS; number++)); do
         gpus="$(seq -s, $((number * SERVER_GPUS)) $((number * SERVER_GPUS + SERVER_GPUS - 1)))"
-        CUDA_VISIBLE_DEVICES="$gpus" "$PYTHON" tools/serve_vllm.py --model "$model" --host "$(hostname)" \
+        CUDA_VISIBLE_DEVICES="$gpus" "$PYTHON" tools/serve_vllm.py --model "$model" --host "$address" \
             --port "$((SERVER_PORT + number))" --tensor_parallel_size "$SERVER_GPUS" --max_model_len "$SERVER_MAX_LEN" &
         servers+=($!)
     done
@@ -155,8 +166,9 @@ launch() {
         serve
         return
     fi
+    trap 'SIGNALLED=1' USR1 TERM
     # A second now instead of an hour in a queue of restarts; CHECK=0 leaves it out.
     [[ $CHECK == 0 ]] || "$PYTHON" -m unisd_megatron train "${flags[@]}" --dry-run "${machines[@]}" >/dev/null
     ((SERVER_NODES == 0)) || wait_for_servers "$urls"
-    train
+    if asked; then say_how_it_ended; else train; fi
 }

@@ -9,19 +9,19 @@
 
 # job FOLDER [--dry-run] [flags of `unisd train`]
 job() {
-    local here="$1" word hosts=() servers=() trainers=() server_step='' status=0 asked=''
+    local here="$1" word hosts=() servers=() trainers=() step server_step='' status=0
     shift
-    if [[ -z ${SLURM_JOB_ID:-} ]]; then
-        for word in "$@"; do
-            [[ $word != --dry-run && $word != --dry_run ]] || DRY_RUN=1
-        done
-        if [[ -z ${DRY_RUN:-} ]]; then
-            echo "slurm.sbatch: start it with sbatch, or with --dry-run" >&2
-            return 2
-        fi
+    for word in "$@"; do
+        [[ $word != --dry-run && $word != --dry_run ]] || DRY_RUN=1
+    done
+    if [[ -n ${DRY_RUN:-} ]]; then
         echo "srun --nodes=$((NODES - SERVER_NODES)) on the first nodes, --nodes=$SERVER_NODES on the last ones, one task each: torchrun.sh"
         DRY_RUN=1 bash "$here/torchrun.sh" "$@"
         return
+    fi
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        echo "slurm.sbatch: start it with sbatch, or with --dry-run" >&2
+        return 2
     fi
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     if ((${#hosts[@]} != NODES)); then
@@ -32,6 +32,11 @@ job() {
     servers=("${hosts[@]:NODES-SERVER_NODES}")
     export HEAD="${trainers[0]}" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
     export RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" SERVER_HOSTS="${servers[*]}"
+    # By a file and not by a signal through srun, which reaches every process of a step: programs that are being scored, servers.
+    export STOP_FILE="$OUTPUT_DIR.stop-$RUN_ID"
+    mkdir -p -- "$(dirname -- "$OUTPUT_DIR")"
+    trap 'touch -- "$STOP_FILE"' USR1 TERM
+    trap 'rm -f -- "$STOP_FILE"' EXIT
     DRY_RUN=1 bash "$here/torchrun.sh" "$@" # into the log; an impossible request ends here
     if ((SERVER_NODES > 0)); then
         UNISD_SERVER_TOKEN="${UNISD_SERVER_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
@@ -40,19 +45,13 @@ job() {
             bash "$here/torchrun.sh" "$@" &
         server_step=$!
     fi
-    trap 'asked=1' USR1 TERM
     srun --nodes="${#trainers[@]}" --ntasks="${#trainers[@]}" --nodelist="$(IFS=,; echo "${trainers[*]}")" --kill-on-bad-exit=1 \
         bash "$here/torchrun.sh" "$@" &
-    local step=$!
+    step=$!
     while kill -0 "$step" 2>/dev/null; do
-        wait "$step" || true
-        if [[ -n $asked ]]; then
-            asked=
-            kill -USR1 "$step" 2>/dev/null || true # srun hands it on to the task of every node
-        fi
+        wait "$step" || true # a signal ends the wait too
     done
     wait "$step" || status=$?
-    trap - USR1 TERM
     [[ -z $server_step ]] || kill -TERM "$server_step" 2>/dev/null || true
     [[ -z $server_step ]] || wait "$server_step" || true
     if ((status == 0)) && [[ ! -f $OUTPUT_DIR/finished.json ]]; then

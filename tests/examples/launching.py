@@ -20,7 +20,7 @@ from unisd_megatron.train.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 SCALE = ROOT / "examples" / "qwen2_5_7b"
-TIMEOUT_S = 280
+TIMEOUT_S = 400
 COURSE: dict[str, Any] = {
     "mode": "unisd_star",
     "dataset": "addition",
@@ -33,8 +33,8 @@ COURSE: dict[str, Any] = {
     "learning_rate": 1e-3,
     "ref_model_sync_steps": 1,
     "token_clip_quantile": 0.9,
-    "save_steps": 5,
-    "max_steps": 30,
+    "save_steps": 2,
+    "max_steps": 10,
 }
 # What the scripts need of Slurm: one host, one task on it that gets the signals of its step, and a word to be requeued.
 SLURM = {

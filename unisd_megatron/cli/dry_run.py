@@ -17,7 +17,7 @@ from unisd_megatron.families import Arch
 from unisd_megatron.prepare import needs
 from unisd_megatron.validation import server_urls, validate
 
-ONLY_HERE = {"gpus": 1, "gpus_per_node": 8, "gpu": "h100", "server_gpus": None}
+ONLY_HERE: dict[str, Any] = {"gpus": 1, "gpus_per_node": 8, "gpu": "h100", "server_gpus": None}
 """Flags of a dry run alone, and what they are without being given."""
 _USABLE = 0.9  # of a server's memory, by vLLM's own default; the rest of it is left for keys and values
 _OF_A_RUN = re.compile(r"step_\d+")
