@@ -35,6 +35,10 @@ class Layout:
     expert_model_parallel_size: int = setting(
         1, "ranks, of those with the same weights, that the experts of a mixture are dealt out over", short="--ep"
     )
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "the embedding takes the place of a layer on the first stage"
+    )
+    account_for_loss_in_pipeline_split: bool = setting(False, "head and loss count as a layer of the last stage")
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
     packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
@@ -63,6 +67,12 @@ class Layout:
             raise ConfigError(
                 "--virtual-pipeline-model-parallel-size cuts pipeline stages; it needs --pipeline-model-parallel-size 2 or more"
             )
+        if self.pipeline_ends and stages < 2:
+            ends = "embedding" if self.account_for_embedding_in_pipeline_split else "loss"
+            raise ConfigError(
+                f"--account-for-{ends}-in-pipeline-split deals layers out to stages; it needs --pipeline-model-parallel-size 2 "
+                "or more"
+            )
         if chunks is not None and count % stages:
             raise ConfigError(
                 f"the interleaved schedule takes a multiple of {stages} micro-batches (its pipeline stages), not {count} per "
@@ -85,6 +95,11 @@ class Layout:
     def virtual_stages(self) -> int:
         """Parts the layers are cut into: pipeline stages, times chunks on each."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
+    def pipeline_ends(self) -> int:
+        """Places of layers that the embedding and the loss take."""
+        return self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas in a world of `world_size` ranks; `ConfigError` if the layout does not fill it evenly."""

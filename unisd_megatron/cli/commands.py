@@ -138,6 +138,8 @@ def parity_layout(request: argparse.Namespace) -> int:
         tensor_model_parallel_size=request.tensor_model_parallel_size,
         pipeline_model_parallel_size=request.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
+        account_for_embedding_in_pipeline_split=request.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=request.account_for_loss_in_pipeline_split,
         context_parallel_size=request.context_parallel_size,
         expert_model_parallel_size=request.expert_model_parallel_size,
         sequence_parallel=request.sequence_parallel,

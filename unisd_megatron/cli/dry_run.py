@@ -37,7 +37,7 @@ class Given:
 
 def dry_run(run: Run, request: argparse.Namespace) -> Iterator[str]:
     """What is to be said, line by line. Raises a `RequestError` where the run could not be carried out as stated."""
-    from unisd_megatron.plan import Cluster, find_arch, gpu_named, plan_run
+    from unisd_megatron.plan import Cluster, find_arch, gpu_named, plan_run, refuse
 
     asked = {name: value if (value := getattr(request, name)) is not None else other for name, other in ONLY_HERE.items()}
     validate(run, asked["gpus"])
@@ -48,8 +48,7 @@ def dry_run(run: Run, request: argparse.Namespace) -> Iterator[str]:
     cluster = Cluster(asked["gpus"], min(asked["gpus_per_node"], asked["gpus"]), gpu_named(asked["gpu"]))
     plan = plan_run(run, arch, cluster)
     lines = plan.lines()
-    if not plan.fits:
-        raise ConfigError(_too_large(run, plan.memory.device, cluster.gpu.memory, asked["gpu"]))
+    refuse(plan)
     if run.vllm.use_vllm and run.vllm.vllm_mode == "server":
         lines += _servers(run, arch, asked["server_gpus"], cluster.gpu.memory, asked["gpu"])
     elif asked["server_gpus"] is not None:
@@ -77,15 +76,6 @@ def _settings(run: Run) -> Iterator[str]:
     for name, value in run.flat().items():
         if name not in defaults or value != defaults[name]:
             yield f"  {name} = {value} ({run.origins.get(name, 'default')})"
-
-
-def _too_large(run: Run, needed: float, there: float, gpu: str) -> str:
-    layout, gib = run.layout, 2**30
-    return (
-        f"{run.model_name} under tensor-parallel {layout.tensor_model_parallel_size} x pipeline-parallel "
-        f"{layout.pipeline_model_parallel_size} needs {needed / gib:.1f} GiB on a rank and {gpu} has {there / gib:.1f}; cut it "
-        "finer, or see `unisd plan` for layouts that fit"
-    )
 
 
 def _servers(run: Run, arch: Arch, gpus: int | None, memory: float, gpu: str) -> Iterator[str]:

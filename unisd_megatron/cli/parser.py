@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd_megatron.cli import commands
+from unisd_megatron.cli import commands, planning
 from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.flags import Parser, command, flag
@@ -23,6 +23,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
     _add_train(subparsers)
+    _add_plan(subparsers)
     _add_tiny(subparsers)
     _add_convert(subparsers)
     _add_verify(subparsers)
@@ -50,12 +51,27 @@ def _underscored(word: str) -> str:
 
 def _add_train(subparsers: Any) -> None:
     parser = command(subparsers, "train", lambda request: commands.train(given_settings(request), request), "One training run.")
+    _add_dry_run(parser)
+    _add_settings(parser)
+
+
+def _add_plan(subparsers: Any) -> None:
+    parser = command(
+        subparsers,
+        "plan",
+        lambda request: planning.plan(request, given_settings(request)),
+        "Memory and time of a run on a cluster, by arithmetic: of the layout that is stated, or the best ones. Any flag of train.",
+    )
+    planning.add_flags(parser)
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
     parser.add_argument("--mode", default=argparse.SUPPRESS, help=f"one of {', '.join(MODES)} (unisd_star)")
     flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
-    _add_dry_run(parser)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for group, item in all_settings():
         _add_setting(groups[group], GROUPS[group], item)
@@ -186,6 +202,8 @@ def _add_parity(subparsers: Any) -> None:
     layout = command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
+    for end in ("embedding", "loss"):
+        flag(layout, f"account_for_{end}_in_pipeline_split", action="store_true", help=f"the {end} takes the place of a layer")
     flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
     _add_experts(layout)
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")

@@ -72,7 +72,7 @@ def open_source(
         source = Source(path, arch, mappings, None, functools.reduce(torch.promote_types, held), allow_pickle)
     layout = layout or Layout()
     tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    arch.check_layout(tensor, layout.virtual_stages, model_name, expert)
+    arch.check_layout(tensor, layout.virtual_stages, model_name, expert, layout.pipeline_ends)
     return source
 
 

@@ -76,7 +76,7 @@ class Rig:
         self.arch = family_named(family).arch(self.references[0].config.to_dict())
         self.mappings = family_named(family).mappings(self.arch)
         tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-        self.arch.check_layout(tensor, layout.virtual_stages, f"the tiny {family}", expert)
+        self.arch.check_layout(tensor, layout.virtual_stages, f"the tiny {family}", expert, layout.pipeline_ends)
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
             self._load(model, reference)

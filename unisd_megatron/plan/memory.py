@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 
 from unisd_megatron.config import Layout, Teacher
@@ -54,29 +56,38 @@ def rank_bytes(
     expert_data_rank among those with the same experts: what is cut over them need not be cut evenly.
     """
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
-    expert_replicas = layout.expert_data_parallel_size(world_size)
+    apart = layout.expert_data_parallel_size(world_size)
     width = 2 if layout.bf16 else _FP32
-    distributed = layout.use_distributed_optimizer
-    stage = [one for chunk in chunks(arch, layout, pipeline_rank) for one in chunk]
-    numel = sum(one.numel for one in stage)
-    padded = owned = 0
-    for buffer, of_experts in buffers(arch, layout, pipeline_rank, replicas, expert_replicas):
-        padded += buffer.numel
-        ranks, rank = (expert_replicas, expert_data_rank) if of_experts else (replicas, data_rank)
-        owned += buffer.owned(ranks, rank) if distributed else buffer.numel
-    rows = [
-        (sum(one.numel for one in stage if not one.expert), replicas),
-        (sum(one.numel for one in stage if one.expert), expert_replicas),
-    ]
-    shard = sum(_shard(total, ranks) for total, ranks in rows)
+    # Only what shapes the counts, so that layouts which differ elsewhere share them.
+    cut = dataclasses.replace(
+        layout, recompute_granularity=None, micro_batch_size=1, global_batch_size=1, sequence_parallel=False
+    )
+    numel, padded, owned, shard = _counts(arch, cut, pipeline_rank, replicas, data_rank, apart, expert_data_rank)
     kept = _teacher(arch, layout, Teacher(teacher, teacher_memory=teacher_memory), numel, shard, width, pipeline_rank)  # type: ignore[arg-type]
     return RankBytes(
         parameters=numel,
-        weights=width * (padded if distributed else numel),
+        weights=width * (padded if layout.use_distributed_optimizer else numel),
         gradients=_FP32 * padded,
         optimizer=owned * (3 * _FP32 if layout.bf16 else 2 * _FP32),
         **kept,
     )
+
+
+@functools.lru_cache(4096)
+def _counts(
+    arch: Arch, layout: Layout, stage: int, replicas: int, rank: int, expert_replicas: int, expert_rank: int
+) -> tuple[int, int, int, int]:
+    """Numbers of a stage: parameters; with padding; in a rank's part of the optimizer; in its shard of the weights."""
+    rows = [0, 0]
+    for chunk in chunks(arch, layout, stage):
+        for one in chunk:
+            rows[one.expert] += one.numel
+    padded = owned = 0
+    for buffer, of_experts in buffers(arch, layout, stage, replicas, expert_replicas):
+        padded += buffer.numel
+        ranks, mine = (expert_replicas, expert_rank) if of_experts else (replicas, rank)
+        owned += buffer.owned(ranks, mine) if layout.use_distributed_optimizer else buffer.numel
+    return sum(rows), padded, owned, _shard(rows[0], replicas) + _shard(rows[1], expert_replicas)
 
 
 def _shard(total: int, ranks: int) -> int:

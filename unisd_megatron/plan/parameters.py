@@ -101,7 +101,7 @@ class Buffer:
 
 
 def buffer(parameters: Sequence[Parameter], ranks: int, *, distributed: bool) -> Buffer:
-    """What `_ParamAndGradBuffer` lays out for parameters that are reduced over `ranks` replicas, without overlap (one bucket)."""
+    """What Megatron lays out for parameters that are reduced over `ranks` replicas, without overlap (one bucket)."""
     if not distributed:
         numel = sum(one.numel for one in parameters)
         return Buffer(numel, ((0, numel),), ((0, numel),))
