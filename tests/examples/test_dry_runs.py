@@ -87,10 +87,13 @@ def test_an_impossible_layout_is_one_line(script: Path) -> None:
 
 def test_what_does_not_divide_the_model_or_fit_is_one_line() -> None:
     large = EXAMPLES / "llama3_1_405b" / "torchrun.sh"
-    refused(dry(large, "--dry-run", "--pp", "8", "--global-batch-size", "448"), "pipeline-parallel 8", "126 layers", "7, 9, 14")
+    eight = dry(large, "--dry-run", "--pp", "8", "--global-batch-size", "448")
+    refused(eight, "pipeline-parallel 8", "126 layers", "7, 9, 14")
     refused(dry(large, "--dry-run", GPU="a100-40"), "a100-40", "40.0")
     refused(dry(large, "--dry-run", GPU="h100"), "rollout server of 8 GPUs", "94.5 GiB", "--server-gpus")
-    refused(dry(EXAMPLES / "llama3_1_70b" / "torchrun.sh", "--dry-run", "--pp", "1"), "needs", "h100 has 79.6", "nearest that fits")
+    refused(
+        dry(EXAMPLES / "llama3_1_70b" / "torchrun.sh", "--dry-run", "--pp", "1"), "needs", "h100 has 79.6", "nearest that fits"
+    )
 
 
 def test_environment_and_flags_win_over_the_folder(tmp_path: Path) -> None:
