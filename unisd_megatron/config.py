@@ -373,11 +373,8 @@ RESUME_MAY_CHANGE = frozenset(
         "max_logp_gap",
         "rollout",
         "replay_path",
-        "data_path",
-        "cache_dir",
-        "loss_path",
-        "teacher_memory",
     }
+    | {"data_path", "cache_dir", "loss_path", "teacher_memory"}
     | {f.name for f in dataclasses.fields(Vllm)}
 )
 """Settings that a resumed run may state differently without becoming another run."""
