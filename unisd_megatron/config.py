@@ -292,12 +292,9 @@ class Schedule:
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
     resume_from_checkpoint: str | None = setting(
         None,
-        "a checkpoint folder of this run, `latest`, or `auto`: the latest if there is one, the start if there is none, "
-        "nothing if the run is finished; the same command line then serves every start of a run",
+        "a checkpoint folder of this run, `latest`, or `auto`: the latest, else the start; nothing if the run is finished",
     )
-    exit_duration_in_mins: float | None = setting(
-        None, "stop with a checkpoint at the end of the step in which so many minutes since the start have passed"
-    )
+    exit_duration_in_mins: float | None = setting(None, "minutes since the start; then stop after the step, with a checkpoint")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
 

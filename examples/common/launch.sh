@@ -27,6 +27,9 @@ environment() {
     export NVTE_BWD_LAYERNORM_SM_MARGIN="${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}"
     # A collective that failed or ran out of time ends its process, so that torchrun can restart; else it would hang.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+    # A restart of the ranks needs a store of its own: in the one that torchrun shares with them by default they find the
+    # addresses of the ranks that died, and wait for those (seen with gloo: "connectFullMesh failed ... Connection refused").
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
     # NCCL says what is wrong. Its choice of network is left alone; where hosts have several, set NCCL_SOCKET_IFNAME,
     # NCCL_IB_HCA and GLOO_SOCKET_IFNAME (token ids and numbers travel by gloo).
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
