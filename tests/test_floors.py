@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
-    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "plan", "prepare", "train", "weights"},
+    "cli": {"bench", "data", "convert", "evaluate", "families", "mcore", "parity", "plan", "prepare", "train", "weights"},
     "__main__": {"cli"},
 }
 # The door of each heavy dependency.
@@ -72,6 +72,7 @@ FLOORS_WITHOUT_MEGATRON = [
     "rollout.guard",
     "rollout.serve",
     "cli.parser",
+    "prepare.needs",
 ]
 
 

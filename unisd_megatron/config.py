@@ -265,7 +265,11 @@ class Schedule:
     eval_steps: int = setting(0, "optimizer steps between held-out evaluations; 0: none")
     eval_examples: int = setting(300, "held-out questions per evaluation")
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
-    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "a checkpoint folder of this run, `latest`, or `auto`: the latest, else the start; nothing if the run is finished",
+    )
+    exit_duration_in_mins: float | None = setting(None, "minutes since the start; then stop after the step, with a checkpoint")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
 
@@ -343,16 +347,14 @@ RESUME_MAY_CHANGE = frozenset(
     | {
         "resume_from_checkpoint",
         "distributed_timeout_minutes",
+        "exit_duration_in_mins",
         "export_hf",
         "save_rollouts",
         "max_logp_gap",
         "rollout",
         "replay_path",
-        "data_path",
-        "cache_dir",
-        "loss_path",
-        "teacher_memory",
     }
+    | {"data_path", "cache_dir", "loss_path", "teacher_memory"}
     | {f.name for f in dataclasses.fields(Vllm)}
     | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )

@@ -285,6 +285,10 @@ def _validate_ranges(run: Run) -> None:
             "step counts must not be negative",
         ),
         (run.schedule.distributed_timeout_minutes > 0, "--distributed-timeout-minutes must be positive"),
+        (
+            run.schedule.exit_duration_in_mins is None or run.schedule.exit_duration_in_mins > 0,
+            "--exit-duration-in-mins must be positive",
+        ),
         (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
     ]
     for holds, message in checks:

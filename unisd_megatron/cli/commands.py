@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unisd_megatron.cli.dry_run import ONLY_HERE, dry_run
 from unisd_megatron.config import Layout
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.resolve import resolve
@@ -27,13 +28,21 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
+def train(stated: tuple[dict[str, Any], dict[str, Any], str], request: argparse.Namespace) -> int:
     run = resolve(*stated)
+    if request.dry_run:
+        for line in dry_run(run, request):
+            say(line)
+        return 0
+    for name in ONLY_HERE:
+        if getattr(request, name) is not None:
+            raise ConfigError(f"--{name} describes the machines of a dry run; add --dry-run, or drop it")
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
     prepare_libraries()
     from unisd_megatron.train.loop import train as carry_out
 
-    carry_out(run)
+    if rest := carry_out(run):
+        say(rest)
     return 0
 
 

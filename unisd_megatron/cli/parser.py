@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd_megatron.cli import commands, planning
+from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
@@ -49,7 +50,8 @@ def _underscored(word: str) -> str:
 
 
 def _add_train(subparsers: Any) -> None:
-    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request), request), "One training run.")
+    _add_dry_run(parser)
     _add_settings(parser)
 
 
@@ -73,6 +75,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for group, item in all_settings():
         _add_setting(groups[group], GROUPS[group], item)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run")
+    flag(group, "dry_run", action="store_true", help="check settings, layout and memory, name the files needed, start nothing")
+    flag(group, "gpus", type=int, metavar="N", help="GPUs to train on (1)")
+    flag(group, "gpus_per_node", type=int, metavar="N", help="of these, in one host (8)")
+    flag(group, "gpu", metavar="NAME", help="what they are; a wrong name lists them (h100)")
+    flag(group, "server_gpus", type=int, metavar="N", help="GPUs of each rollout server")
 
 
 def _add_setting(group: Any, cls: type, item: Any) -> None:
@@ -107,7 +118,7 @@ def _metavar(kind: type, choices: Sequence[str] | None) -> str | None:
 
 def given_settings(request: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
     """`(flags, file values, file name)`: what the user stated, apart by origin."""
-    ignored = {"config", "command", "subcommand"}
+    ignored = {"config", "command", "subcommand", "dry_run", *ONLY_HERE}
     flags = {name: value for name, value in vars(request).items() if name not in ignored}
     return flags, _read_config(request.config) if request.config else {}, request.config or "--config"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -262,11 +261,3 @@ def _longest(run: Run, prepared: Prepared) -> int:
     if run.schedule.eval_steps:
         prompt = max(prompt, run.data.max_prompt_length)
     return min(prompt + run.rollout.max_completion_length, prepared.source.arch.max_position)
-
-
-def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:
-    """`run.json`: settings by flag name, the origin of each, versions. `--config run.json` repeats the run."""
-    content = {"settings": run.flat(), "origins": dict(run.origins), "versions": notes}
-    partial = folder / "run.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / "run.json")
