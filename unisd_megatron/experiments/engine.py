@@ -141,6 +141,9 @@ class _Watch:
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
+        for node in list(self._open.values()):
+            if not any(need in self._open or need in self._outcome.failed for need in node.needs):
+                self._failed(node, "ended without a word, from outside")
         self._outcome.cancelled = list(self._open)
         return self._outcome
 
@@ -150,18 +153,24 @@ class _Watch:
             failed = state.beside(self._sweep, node, "failed.json").is_file()
             if found is None and not failed:
                 continue
-            del self._open[name]
-            count = f"[{len(self._todo) - len(self._open)}/{len(self._todo)}]"
-            if found is not None:
-                self._outcome.done.append(name)
-                less = f", at --micro-batch-size {found['micro_batch_size']}" if "micro_batch_size" in found else ""
-                self._say(f"{count} done    {name}  ({found['seconds']} s{less})")
+            if found is None:
+                self._failed(node, "FAILED")
                 continue
-            self._outcome.failed.append(name)
-            log = state.beside(self._sweep, node, "log")
-            self._say(f"{count} FAILED  {name}; the end of {log}:")
-            for line in state.tail(log):
-                self._say(f"    {line}")
+            del self._open[name]
+            self._outcome.done.append(name)
+            less = f", at --micro-batch-size {found['micro_batch_size']}" if "micro_batch_size" in found else ""
+            self._say(f"{self._count()} done    {name}  ({found['seconds']} s{less})")
+
+    def _failed(self, node: Node, how: str) -> None:
+        del self._open[node.name]
+        self._outcome.failed.append(node.name)
+        log = state.beside(self._sweep, node, "log")
+        self._say(f"{self._count()} {how}  {node.name}; the end of {log}:")
+        for line in state.tail(log):
+            self._say(f"    {line}")
+
+    def _count(self) -> str:
+        return f"[{len(self._todo) - len(self._open)}/{len(self._todo)}]"
 
     def _stop(self, number: int, _: object) -> None:
         """Ends Snakemake and, on this machine, all nodes with their commands; on a cluster it takes its jobs back."""

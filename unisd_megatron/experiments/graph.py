@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Node:
     name: str
     kind: Kind
     folder: str  # under the sweep's
-    words: tuple[str, ...]  # after `unisd`, from the folder that the sweep was started in
+    command: tuple[str, ...]  # in the folder that the sweep was started in
     identity: str
     needs: tuple[str, ...] = ()
     ranks: int = 1
@@ -47,7 +48,7 @@ class Node:
     @staticmethod
     def of(row: Mapping[str, Any]) -> Node:
         """Back from JSON."""
-        return Node(**{**row, "words": tuple(row["words"]), "needs": tuple(row["needs"])})
+        return Node(**{**row, "command": tuple(row["command"]), "needs": tuple(row["needs"])})
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class _Builder:
         words = ("train", "--config", str(self.folder / place / "settings.json"), "--seed", str(seed))
         words += ("--output_dir", str(self.folder / home / "train"))
         needs = tuple(self._prepare(cell.run, kind) for kind in _caches(cell.run))
-        train = Node(f"train-{name}", "train", f"{home}/train", words, f"{key}-{seed}", needs, self.grid.ranks(cell.run))
+        ranks = self.grid.ranks(cell.run)
+        train = Node(f"train-{name}", "train", f"{home}/train", _unisd(words, ranks), f"{key}-{seed}", needs, ranks)
         self._add(train)
         evaluations = {
             dataset: self._evaluate(dataset, flags, str(self.folder / train.folder / "hf"), home, name, train)
@@ -144,7 +146,7 @@ class _Builder:
             return
         words = ("report", str(self.folder), "--output_dir", str(self.folder / "report"))
         needs = tuple(node.name for node in self.nodes.values() if node.kind == "evaluate")
-        self._add(Node("report", "report", "report", words, identity.digest(list(runs)), needs))
+        self._add(Node("report", "report", "report", _unisd(words), identity.digest(list(runs)), needs))
 
     def _evaluate(
         self, dataset: str, flags: Mapping[str, Any], model: str, home: str, name: str, train: Node | None
@@ -154,7 +156,7 @@ class _Builder:
         words = ["evaluate", "--dataset", dataset, "--model_name", model, "--output_dir", str(self.folder / folder)]
         words += _words(flags)
         needs = (train.name,) if train is not None else ()
-        self._add(Node(f"evaluate-{name}-{dataset}-{key}", "evaluate", folder, tuple(words), key, needs))
+        self._add(Node(f"evaluate-{name}-{dataset}-{key}", "evaluate", folder, _unisd(words), key, needs))
         return folder
 
     def _prepare(self, run: Run, kind: CacheKind) -> str:
@@ -168,7 +170,7 @@ class _Builder:
         key = identity.digest([kind, flags, models, self.contents.of_data(run.data.dataset, run.data.data_path)])
         name = f"prepare-{kind}-{run.data.dataset}-{key}"
         words = ("prepare", kind, *_words({one: value for one, value in flags.items() if value is not None}))
-        self._add(Node(name, "prepare", f"prepare/{name}", words, key))
+        self._add(Node(name, "prepare", f"prepare/{name}", _unisd(words), key))
         return name
 
     def _add(self, node: Node) -> None:
@@ -195,6 +197,12 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
         elif value is not False and value is not None:
             words += [f"--{name}", str(value)]
     return words
+
+
+def _unisd(words: Sequence[str], ranks: int = 1) -> tuple[str, ...]:
+    """The command line of a subcommand, under torchrun where it has more ranks than one."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
+    return (sys.executable, *torchrun, "-m", "unisd_megatron", *words)
 
 
 def _safe(name: str) -> str:

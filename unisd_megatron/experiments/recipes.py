@@ -99,3 +99,15 @@ def _of_mode(mode: str, launch: Launch) -> dict[str, Any]:
     gamma = {"direct": 1.0, "orchestrator": 0.01}[launch]
     demos = {"num_demos": {"direct": 5, "orchestrator": 3}[launch]} if mode.endswith("induction") else {}
     return {"gamma_agreement": gamma, **_K, **demos}
+
+
+def text(mode: str, launch: Launch, semantics: Semantics) -> str:
+    """The file of a recipe, as `unisd train --config` reads it."""
+    import yaml
+
+    said = {"direct": "the authors' training command as it comes", "orchestrator": "the authors' orchestrator"}[launch]
+    head = f"# {mode}: the settings of {said}, {semantics} semantics (docs/experiments.md).\n"
+    values = recipe(mode, launch, semantics)
+    machine = {name: values.pop(name) for name in MACHINE}
+    tail = "\n# What it ran on; choose your own.\n" + yaml.safe_dump(machine, sort_keys=False)
+    return head + yaml.safe_dump(values, sort_keys=False) + tail

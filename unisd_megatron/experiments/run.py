@@ -25,16 +25,25 @@ class Manner:
     dry_run: bool = False
     scripts: Path | None = None  # where the sbatch files are written, instead of being submitted
 
+    @property
+    def only_shows(self) -> bool:
+        """Whether nothing is started."""
+        return self.dry_run or self.scripts is not None
+
 
 def carry_out(grid: Grid, manner: Manner, say: Say) -> None:
-    """Runs what is not done. Raises `ConfigError` before anything is written, `CheckFailed` where a node failed."""
+    """Runs what of a grid is not done. Raises `ConfigError` before anything is written, `CheckFailed` where a node failed."""
     sweep = manner.output.absolute()
-    only_shown = manner.dry_run or manner.scripts is not None
-    contents = Contents(memory=None if only_shown or not sweep.is_dir() else sweep)
-    built = graph.build(grid, sweep, contents)
+    memory = sweep if sweep.is_dir() and not manner.only_shows else None
+    perform(graph.build(grid, sweep, Contents(memory)), manner, say)
+
+
+def perform(built: Sweep, manner: Manner, say: Say) -> None:
+    """Runs what of a graph is not done, or shows it; raises as `carry_out`."""
+    sweep = manner.output.absolute()
     jobs = _jobs(manner, built.nodes)
-    found = state.survey(sweep, built.nodes)
-    if only_shown:
+    if manner.only_shows:
+        found = state.survey(sweep, built.nodes)
         for line in state.layers(found):
             say(line)
         _show_scripts(sweep, [one.node for one in found if one.status == "run"], manner, say)
@@ -48,9 +57,10 @@ def carry_out(grid: Grid, manner: Manner, say: Say) -> None:
     for line in table.lines(sweep, built.content()):
         say(line)
     if outcome.failed or outcome.cancelled:
+        why = ", ".join(outcome.failed) or f"none of its own; {sweep / 'snakemake.log'} says why the engine stopped"
         raise CheckFailed(
-            f"{len(outcome.failed)} failed ({', '.join(outcome.failed) or 'the engine: see snakemake.log'}), "
-            f"{len(outcome.cancelled)} not run because of it; the same command again goes on from here"
+            f"{len(outcome.failed)} failed ({why}), {len(outcome.cancelled)} not run because of it; "
+            "the same command again goes on from here"
         )
 
 
@@ -78,6 +88,8 @@ def _show_scripts(sweep: Path, todo: list[Node], manner: Manner, say: Say) -> No
         return
     if manner.scripts is not None and manner.scripts.exists() and any(manner.scripts.iterdir()):
         raise ConfigError(f"--sbatch_dir {manner.scripts}: not empty; choose a new folder")
+    if manner.dry_run and manner.scripts is not None:
+        raise ConfigError("--dry_run writes nothing, not even --sbatch_dir; give one of the two")
     for node in todo:
         text = slurm.script(node, manner.cluster, engine.command_of(sweep, node), state.beside(sweep, node, "slurm.log"))
         if manner.scripts is None:

@@ -57,9 +57,9 @@ def script(node: Node, cluster: Cluster, command: str, log: Path) -> str:
     lines = ["#!/bin/bash", f"#SBATCH --job-name={node.name}", f"#SBATCH --output={log}"]
     lines += [f"#SBATCH --account={cluster.account}"] if cluster.account else []
     lines += [f"#SBATCH --partition={cluster.partition}"] if cluster.partition else []
-    lines += [f"#SBATCH --time={asked['runtime']}", f"#SBATCH --mem={asked['mem_mb']}", "#SBATCH --nodes=1", "#SBATCH --ntasks=1"]
+    lines += [f"#SBATCH --time={asked['runtime']}", f"#SBATCH --mem={asked['mem_mb']}", "#SBATCH --nodes=1"]
     lines += [f"#SBATCH --cpus-per-task={threads(node, cluster)}"]
-    lines += [f"#SBATCH --gpus={asked['gpu']}"] if "gpu" in asked else []
+    lines += [f"#SBATCH --gpus={asked['gpu']}" if "gpu" in asked else "#SBATCH --ntasks=1"]
     if node.needs:
         lines += ["# after: " + " ".join(map(shlex.quote, node.needs))]
     return "\n".join([*lines, command, ""])

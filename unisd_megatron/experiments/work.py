@@ -8,10 +8,10 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +66,7 @@ class _Worker:
         failed.unlink(missing_ok=True)
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, self._stop)
+        self._output.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         attempt, micro = 1, None
         with self._log.open("a", encoding="utf-8") as log:
@@ -76,7 +77,7 @@ class _Worker:
                     break
                 attempt, micro = attempt + 1, smaller
                 _note(log, f"out of memory: again with --micro-batch-size {smaller}, the same global batch")
-        about: dict[str, Any] = {"identity": self._node.identity, "attempts": attempt, "command": ["unisd", *self._node.words]}
+        about: dict[str, Any] = {"identity": self._node.identity, "attempts": attempt, "command": self._node.command}
         about |= {"seconds": round(time.monotonic() - began, 1)} | ({"micro_batch_size": micro} if micro else {})
         if status:
             state.write(failed, about | {"exit": status})
@@ -86,20 +87,16 @@ class _Worker:
 
     def _attempt(self, log: IO[str], micro: int | None) -> tuple[int, str]:
         """`(exit status, what it said)` of one start of the command."""
-        words = list(self._node.words)
+        command = list(self._node.command)
         if self._node.kind == "train":
-            words += self._resumed()
-            words += ["--micro-batch-size", str(micro)] if micro else []
-        self._output.parent.mkdir(parents=True, exist_ok=True)
-        start = [sys.executable, "-m"]
-        if self._node.ranks > 1:
-            start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self._node.ranks}", "-m"]
-        _note(log, "unisd " + " ".join(words))
+            command += self._resumed()
+            command += ["--micro-batch-size", str(micro)] if micro else []
+        _note(log, shlex.join(command))
         begins = log.tell()
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
         with devices.claim(self._node.ranks) as visible:
             self._child = subprocess.Popen(
-                [*start, "unisd_megatron", *words],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
