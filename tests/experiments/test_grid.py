@@ -56,7 +56,7 @@ def test_the_output_folder_does_not_make_another_run(tmp_path: Path) -> None:
         ({"evaluate": {"addition": {"retention": True}}}, "--base_model_name"),
         ({"evaluate": {"addition": {"max_completion": 3}}}, "unknown flag 'max_completion'"),
         ({"settings": BASE | {"tensor_model_parallel_size": 2}, "processes": 3}, "3 processes cannot hold"),
-        ({"settings": BASE | {"data_path": "absent.jsonl"}}, "absent.jsonl: no such file"),
+        ({"settings": BASE | {"mode": "vanilla", "data_path": "absent.jsonl"}}, "absent.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, content: dict[str, Any], says: str) -> None:

@@ -40,7 +40,7 @@ def changed(name: str, group: str, value: Any) -> str:
 def another(group: str, item: dataclasses.Field) -> Any:
     kind, choices, _ = setting_type(GROUPS[group], item.name)
     if choices is not None:
-        return next(one for one in choices if one != item.default)
+        return next(one for one in choices if one != resolve({}, STATED).flat()[item.name])
     if kind is bool:
         return not item.default
     return {int: 7, float: 0.123, str: "other"}[kind]

@@ -91,8 +91,11 @@ class Grid:
             raise ConfigError(f"{where}: {taken[0]} is decided by the sweep; leave it out{' and give `seeds`' * ('seed' in taken)}")
         if values.get("dataset") not in TASKS:
             raise ConfigError(f"{where}: unknown dataset {values.get('dataset')!r}; use one of {', '.join(TASKS)}")
-        run = resolve({}, values | {"output_dir": "run", "seed": self.seeds[0]}, where)
-        validate(run, self.ranks(run))
+        try:
+            run = resolve({}, values | {"output_dir": "run", "seed": self.seeds[0]}, where)
+            validate(run, self.ranks(run))
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
         return Cell(values, run)
 
 
