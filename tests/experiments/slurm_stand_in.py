@@ -1,4 +1,4 @@
-"""Slurm as far as a sweep speaks with it: `sbatch` starts the job on this machine, `sacct` tells its state, `scancel` ends it."""
+"""Slurm as far as a sweep speaks with it: `sbatch` starts a job here, `sacct` tells its state, `scancel` ends it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def sbatch(folder: Path, words: list[str]) -> None:
     number = len(list(folder.glob("*.json"))) + 1
     path = folder / f"{number}.json"
     options = {name: value for name, value in zip(words, [*words[1:], ""], strict=True) if name.startswith("-")}
-    wrap = next(word.partition("=")[2] for word in words if word.startswith("--wrap=")) if "--wrap" not in options else options["--wrap"]
+    wrap = (
+        next(word.partition("=")[2] for word in words if word.startswith("--wrap="))
+        if "--wrap" not in options
+        else options["--wrap"]
+    )
     job = {"id": number, "name": options["--job-name"], "state": "RUNNING", "words": words}
     path.write_text(json.dumps(job))
     log = Path(options["--output"].replace("%j", str(number)))

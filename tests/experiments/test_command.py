@@ -10,7 +10,12 @@ import pytest
 from unisd_megatron.cli import main
 
 MODEL = ["--dataset", "addition", "--model_name", str(Path(__file__).parents[2] / "examples/demo/model")]
-GRID = "name: g\nsettings: {dataset: addition, model_name: someone/model}\nentries: [{mode: vanilla}, {mode: ema}]\nseeds: [0, 1]\n"
+GRID = """
+name: g
+settings: {dataset: addition, model_name: someone/model}
+entries: [{mode: vanilla}, {mode: ema}]
+seeds: [0, 1]
+"""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The graph on this machine: order, skipping, failures, memory, kills. Nodes are shell commands here, the engine is the real one."""
+"""The graph on this machine: order, skipping, failures, memory, kills. Nodes are shell commands, the engine is real."""
 
 from __future__ import annotations
 
@@ -137,15 +137,15 @@ from standins import evaluate, graph, train
 from unisd_megatron.cli import main
 from unisd_megatron.experiments.run import Manner, perform
 sweep = Path({sweep!r})
-nodes = [node for one in ("a", "b") for node in (train(sweep, one, {script!r}.replace("LOG", {traces!r} + "/" + one)), evaluate(sweep, one))]
+nodes = []
+for one in ("a", "b"):
+    nodes += [train(sweep, one, {script!r}.replace("LOG", {traces!r} + "/" + one)), evaluate(sweep, one)]
 perform(graph(sweep, nodes), Manner(sweep, jobs=2), lambda line: print(line, flush=True))
 """
 
 
 def start(sweep: Path, traces: Path) -> subprocess.Popen[str]:
-    code = START.format(
-        tests=str(Path(__file__).parent), sweep=str(sweep), traces=str(traces), script=STEPS.format(log="LOG")
-    )
+    code = START.format(tests=str(Path(__file__).parent), sweep=str(sweep), traces=str(traces), script=STEPS.format(log="LOG"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -196,7 +196,9 @@ def test_a_signal_ends_everything_that_was_started(sweep: Path, traces: Path) ->
     master.send_signal(signal.SIGTERM)
     said, _ = master.communicate(timeout=100)
     assert master.returncode == 143 and "stopping" in said
-    assert [pid for pid in started if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]] == []
+    assert [
+        pid for pid in started if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    ] == []
     assert not list(sweep.rglob("*.failed.json"))
 
 

@@ -25,7 +25,9 @@ def test_entries_times_crossed_values_times_seeds(tmp_path: Path) -> None:
     sweep = built(tmp_path, entries=[{"mode": "vanilla"}, {"mode": "ema"}], cross={"alpha": [0.0, 0.5]}, seeds=[0, 1, 2])
     assert len(sweep.runs) == 12
     assert {row["name"] for row in sweep.runs} == {f"{mode} alpha={a}" for mode in ("vanilla", "ema") for a in (0.0, 0.5)}
-    assert len({row["train"] for row in sweep.runs}) == len({e for row in sweep.runs for e in row["evaluations"].values()}) == 12
+    assert (
+        len({row["train"] for row in sweep.runs}) == len({e for row in sweep.runs for e in row["evaluations"].values()}) == 12
+    )
 
 
 def test_runs_that_differ_in_alpha_alone_do_not_collide(tmp_path: Path) -> None:

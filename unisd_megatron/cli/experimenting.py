@@ -24,7 +24,7 @@ _WHAT = frozenset({"seeds", "processes", "recipe", "grid", "config"})
 
 
 def add_experiments(subparsers: Any, add_settings: Callable[[Any], None], stated: Callable[[Any], dict[str, Any]]) -> None:
-    """The subcommand. Args: add_settings: adds the flags of `train`; stated: what a request states of them, and its --config."""
+    """The subcommand. Args: add_settings: adds the flags of `train`; stated: what a request says of them, with --config."""
     from unisd_megatron.experiments.named import NAMED
 
     parser = subparsers.add_parser("experiments", help="Sweeps: prepare, train, evaluate and report, as a graph.")

@@ -19,7 +19,9 @@ def gpus() -> list[str]:
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [one.strip() for one in stated.split(",") if one.strip() not in ("", "-1")]
-    return sorted((p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)), key=int)
+    return sorted(
+        (p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)), key=int
+    )
 
 
 def ranks_at_a_time() -> int:

@@ -73,7 +73,9 @@ def build(grid: Grid, folder: Path, contents: Contents) -> Sweep:
     cells = grid.cells()
     builder = _Builder(grid, folder, contents, {})
     varying = _varying(cells)
-    runs, files, taken = [], {}, {}
+    runs: list[dict[str, Any]] = []
+    files: dict[str, Any] = {}
+    taken: dict[str, int] = {}
     for number, cell in enumerate(cells):
         key = identity.of_run(cell.run, contents)
         if key in taken:
@@ -92,7 +94,10 @@ def _varying(cells: Sequence[Cell]) -> dict[str, list[str]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(_group(cell.run), []).append(cell.run.flat())
-    return {group: [name for name in rows[0] if any(row[name] != rows[0][name] for row in rows)] for group, rows in groups.items()}
+    return {
+        group: [name for name, value in rows[0].items() if any(row[name] != value for row in rows)]
+        for group, rows in groups.items()
+    }
 
 
 def _group(run: Run) -> str:
@@ -115,8 +120,8 @@ class _Builder:
         """Adds the nodes of one run; its row in `sweep.json`."""
         home, name = f"{place}/seed{seed}", f"{place.removeprefix('runs/')}-seed{seed}"
         flat = cell.run.flat()
-        words = ("train", "--config", str(self.folder / place / "settings.json"), "--seed", str(seed))
-        words += ("--output_dir", str(self.folder / home / "train"))
+        words = ["train", "--config", str(self.folder / place / "settings.json"), "--seed", str(seed)]
+        words += ["--output_dir", str(self.folder / home / "train")]
         needs = tuple(self._prepare(cell.run, kind) for kind in _caches(cell.run))
         ranks = self.grid.ranks(cell.run)
         train = Node(f"train-{name}", "train", f"{home}/train", _unisd(words, ranks), f"{key}-{seed}", needs, ranks)
@@ -148,9 +153,7 @@ class _Builder:
         needs = tuple(node.name for node in self.nodes.values() if node.kind == "evaluate")
         self._add(Node("report", "report", "report", _unisd(words), identity.digest(list(runs)), needs))
 
-    def _evaluate(
-        self, dataset: str, flags: Mapping[str, Any], model: str, home: str, name: str, train: Node | None
-    ) -> str:
+    def _evaluate(self, dataset: str, flags: Mapping[str, Any], model: str, home: str, name: str, train: Node | None) -> str:
         key = identity.of_evaluation(dataset, flags, self.contents)
         folder = f"{home}/evaluate-{dataset}-{key}"
         words = ["evaluate", "--dataset", dataset, "--model_name", model, "--output_dir", str(self.folder / folder)]

@@ -1,13 +1,13 @@
 """A grid as it is stated -> the runs in it. A YAML file, or a named experiment of `named.py`.
 
-    name: clip                       # of the sweep
-    settings: {dataset: addition}    # the same in all runs; names are those of `unisd train`
-    cross: {alpha: [0.0, 0.5]}       # every combination of these with every entry
-    entries: [{mode: vanilla}, {mode: clip, token_clip: 1.0}]
-    seeds: [0, 1, 2]
-    evaluate: {addition: {max_completion_length: 40}}    # by data set, flags of `unisd evaluate`
-    processes: 1                     # ranks of each training
-    not_run: [{mode: ema, why: ...}] # stands in the table
+name: clip                       # of the sweep
+settings: {dataset: addition}    # the same in all runs; names are those of `unisd train`
+cross: {alpha: [0.0, 0.5]}       # every combination of these with every entry
+entries: [{mode: vanilla}, {mode: clip, token_clip: 1.0}]
+seeds: [0, 1, 2]
+evaluate: {addition: {max_completion_length: 40}}    # by data set, flags of `unisd evaluate`
+processes: 1                     # ranks of each training
+not_run: [{mode: ema, why: ...}] # stands in the table
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Grid:
         where = f"{self.where}, entry {number}"
         taken = sorted(OURS & values.keys())
         if taken:
-            raise ConfigError(f"{where}: {taken[0]} is decided by the sweep; leave it out{' and give `seeds`' * ('seed' in taken)}")
+            hint = ", and give `seeds`" if "seed" in taken else ""
+            raise ConfigError(f"{where}: {taken[0]} is decided by the sweep; leave it out{hint}")
         if values.get("dataset") not in TASKS:
             raise ConfigError(f"{where}: unknown dataset {values.get('dataset')!r}; use one of {', '.join(TASKS)}")
         try:

@@ -1,4 +1,4 @@
-"""The experiments that have a name: which modes, with which settings. The grid of each is made here, as a file would make it."""
+"""The experiments that have a name: which modes, with which settings. Each becomes a grid, as a file would."""
 
 from __future__ import annotations
 

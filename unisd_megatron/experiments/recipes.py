@@ -87,7 +87,7 @@ def method(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
 
 def recipe(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
     """The whole file: what the method is, and what it ran on."""
-    values = method(mode, launch, semantics) | MACHINE
+    values = {**method(mode, launch, semantics), **MACHINE}
     if values["global_batch_size"] == 8:
         values["micro_batch_size"] = 2  # four of them to a step, as everywhere; released semantics normalises over each
     return values
