@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import ROOT, descendants, kill_tree, wait_until
 from standins import evaluate, graph, train
 
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.experiments import engine, state
 from unisd_megatron.experiments.graph import Node, Sweep
 from unisd_megatron.experiments.run import Manner, perform
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -152,25 +150,6 @@ def start(sweep: Path, traces: Path) -> subprocess.Popen[str]:
     )
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found += [int(path.parent.name), *descendants(int(path.parent.name))]
-    return found
-
-
-def wait_until(holds: object, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def steps(traces: Path) -> int:
     return sum(ran(traces).values())
 
@@ -179,9 +158,7 @@ def test_killed_twice_it_goes_on_from_its_checkpoints_to_the_same_table(sweep: P
     for enough in (3, 8):
         master = start(sweep, traces)
         wait_until(lambda enough=enough: steps(traces) >= enough)
-        for pid in (master.pid, *descendants(master.pid)):
-            os.kill(pid, signal.SIGKILL)
-        master.wait()
+        kill_tree(master)
     last = start(sweep, traces)
     said, _ = last.communicate(timeout=200)
     assert last.returncode == 0 and said.count("50.00   50.00") == 2
