@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from processes import ROOT, descendants, kill_tree, wait_until
 from standins import evaluate, graph, train
-
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.experiments import engine, state
 from unisd_megatron.experiments.graph import Node, Sweep

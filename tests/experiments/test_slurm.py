@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import slurm_stand_in
 from standins import evaluate, graph, train
-
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.experiments.graph import Node, Sweep
 from unisd_megatron.experiments.run import Manner, perform

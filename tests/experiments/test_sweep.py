@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from processes import ROOT, kill_tree, wait_until
 
 pytest.importorskip("snakemake")
 
 GRID = """
-settings: {dataset: addition, model_name: examples/demo/model, global_batch_size: 8, micro_batch_size: 8, num_train_examples: 64,
-  max_completion_length: 40, max_prompt_length: 128, max_steps: 12, learning_rate: 3.0e-4, save_steps: 3}
+settings: {dataset: addition, model_name: examples/demo/model, global_batch_size: 8, micro_batch_size: 8,
+  num_train_examples: 64, max_completion_length: 40, max_prompt_length: 128, max_steps: 12, learning_rate: 3.0e-4, save_steps: 3}
 entries: [{mode: clip, token_clip: 1.0}]
 seeds: [3]
 evaluate: {addition: {max_completion_length: 40, max_examples: 20}}
