@@ -16,7 +16,8 @@ pytest.importorskip("snakemake")
 
 GRID = """
 settings: {dataset: addition, model_name: examples/demo/model, global_batch_size: 8, micro_batch_size: 8,
-  num_train_examples: 64, max_completion_length: 40, max_prompt_length: 128, max_steps: 12, learning_rate: 3.0e-4, save_steps: 3}
+  num_train_examples: 64, max_completion_length: 40, max_prompt_length: 128, max_steps: 12, learning_rate: 3.0e-4,
+  save_steps: 3}
 entries: [{mode: clip, token_clip: 1.0}]
 seeds: [3]
 evaluate: {addition: {max_completion_length: 40, max_examples: 20}}
