@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.experiments import graph, named
+from unisd_megatron.experiments import graph, named, recipes
 from unisd_megatron.experiments.graph import Sweep
 from unisd_megatron.experiments.grid import from_content, read
 from unisd_megatron.experiments.identity import Contents
@@ -105,6 +105,11 @@ def test_named_experiments_stand_beside_their_control() -> None:
         if set(modes) <= MODES.keys():
             cells = named.grid(name, BASE, "orchestrator", [1], None).cells()
             assert [cell.run.mode for cell in cells] == list(dict.fromkeys(("vanilla", *modes)))
+
+
+def test_a_baseline_keeps_the_sampling_of_its_own_paper() -> None:
+    assert "temperature" not in recipes.method(named.BASELINES[0], "direct", "corrected")
+    assert "temperature" not in named.study().settings
 
 
 def test_a_file_that_is_no_grid_is_refused(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ PUBLISHED: tuple[str, ...] = (
 def method(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
     """The settings of a mode without the machine's. A mode without a recipe has the common ones alone."""
     values = {"mode": mode, "semantics": semantics, **COMMON, **LENGTHS[launch], **_of_mode(mode, launch)}
+    if mode not in PUBLISHED:
+        del values["temperature"]  # a baseline samples as its own paper says
     if mode == "unisd_star":
         if semantics == "corrected":
             values["token_clip"] = 10.0  # part of UniSD* in the paper, not in the released code
@@ -94,7 +96,7 @@ def recipe(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
 
 
 def _of_mode(mode: str, launch: Launch) -> dict[str, Any]:
-    if MODES[mode].agreement is None or mode == "unisd_star":
+    if mode not in MODES or MODES[mode].agreement is None or mode == "unisd_star":
         return dict(_OWN.get(mode, {}).get(launch, {}))
     gamma = {"direct": 1.0, "orchestrator": 0.01}[launch]
     demos = {"num_demos": {"direct": 5, "orchestrator": 3}[launch]} if mode.endswith("induction") else {}
