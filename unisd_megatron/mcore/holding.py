@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from unisd_megatron.config import Layout, Optimization
 from unisd_megatron.families import Arch
+from unisd_megatron.grid import Axis
 from unisd_megatron.mcore import optimizer_state, teacher_state
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
@@ -43,14 +45,14 @@ class Box:
 class Holding:
     """One rank of the built run.
 
-    rank, sizes: along the axes of its `Grid`, by name; shards: shape and dtype name of each parameter; cuts: where Megatron has
+    rank, groups: along the axes of its `Grid`, by name: its number, and the ranks of the world; shards: shape and dtype name of each parameter; cuts: where Megatron has
     each shard lie in its whole tensor; written: what this rank writes into a checkpoint, by what it is of ("student", "teacher",
     and each kind of optimizer state); ema, optimizer: its parts of the EMA masters and of the optimizer's state;
     bytes: by the names of `plan.RankBytes`; said: see `Simulated`.
     """
 
     rank: dict[str, int]
-    sizes: dict[str, int]
+    groups: dict[str, list[int]]
     shards: dict[str, tuple[tuple[int, ...], str]]
     cuts: list[Box]
     written: dict[str, list[Box]]
@@ -85,7 +87,7 @@ def build_rank(arch: Arch, layout: Layout, platform: Platform, *, world_size: in
         weights, gradients = _buffers(student)
         return Holding(
             rank={name: getattr(grid, name).rank for name in AXES},
-            sizes={name: getattr(grid, name).size for name in AXES},
+            groups={name: _members(getattr(grid, name), rank) for name in AXES},
             shards=shards,
             cuts=[box for box, _ in cuts],
             written=written,
@@ -100,6 +102,10 @@ def build_rank(arch: Arch, layout: Layout, platform: Platform, *, world_size: in
             },
             said=simulated.said,
         )
+
+
+def _members(axis: Axis, rank: int) -> list[int]:
+    return [rank] if axis.group is None else dist.get_process_group_ranks(axis.group)
 
 
 def _boxes(name: str, described: Described) -> Iterator[tuple[Box, bool]]:

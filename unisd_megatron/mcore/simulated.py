@@ -81,7 +81,7 @@ def _alone(said: list[str]) -> Iterator[None]:
         return new_group(*args, **kwargs | {"backend": "fake", "pg_options": None})
 
     def everyone_alike(gathered: list[Any], own: Any, *args: Any, **kwargs: Any) -> None:
-        said.append(repr(own))
+        said.append(repr(sorted(map(repr, own))))  # Megatron makes one list of all, without repetitions
         gathered[:] = [own] * len(gathered)
 
     dist.new_group, dist.all_gather_object = fake_group, everyone_alike
