@@ -73,5 +73,6 @@ def parity_scale(request: argparse.Namespace) -> int:
     holdings = build_ranks(model, platforms.choose(), request.gpus, request.processes, say)
     say(f"{'each element once in':36} {'elements':>18} {'parts':>8}")
     for line in check_all(model, holdings):
-        say(f"{line.what:36} {line.elements:18,} {line.parts:8,}  {line.note}".rstrip())
+        elements = "" if line.elements is None else f"{line.elements:,}"
+        say(f"{line.what:36} {elements:>18} {line.parts:8,}  {line.note}".rstrip())
     return 0

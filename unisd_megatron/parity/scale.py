@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.families import Arch, Mapping, family_named
+from unisd_megatron.families.mapping import Replicated
 from unisd_megatron.mcore.holding import Box, Holding, Span, build_rank
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.parity.agreement import agree
@@ -35,10 +36,11 @@ CHUNK = 4
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: what, how many elements of the published model, in how many parts, and what is held beside them."""
+    """A row of the table: what, the sum of its elements (padding and what tensor-parallel ranks have alike counted out), and of
+    how many parts."""
 
     what: str
-    elements: int
+    elements: int | None
     parts: int
     note: str = ""
 
@@ -106,16 +108,34 @@ def _whole(model: Model, name: str) -> int:
     return math.prod(model.table[name].shard_shape(1))
 
 
+def _sum(model: Model, held: dict[str, int], what: str) -> int:
+    """Published elements among those held of each parameter, over all tensor-parallel ranks of one replica.
+
+    Raises `CheckFailed` where a parameter's are not all there. A tied head's copy is left out.
+    """
+    total = 0
+    for mapping in model.mappings:
+        whole, published = _whole(model, mapping.megatron), sum(math.prod(shape) for shape in mapping.shapes)
+        alike = model.layout.tensor_model_parallel_size if isinstance(mapping, Replicated) else 1
+        found = held.get(mapping.megatron, 0)
+        if found != whole * alike:
+            raise CheckFailed(f"{what}: {found} elements of {mapping.megatron}; expected {whole * alike}")
+        total += found // alike - (whole - published)
+    return total
+
+
 def check_parameters(model: Model, holdings: Sequence[Holding]) -> Line:
     """Every replica has every parameter in each of its tensor-parallel parts once; expert ranks share a replica's experts."""
     table, own = model.table, {mapping.megatron for mapping in model.mappings}
     size = model.layout.tensor_model_parallel_size
     holders: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    held: dict[str, int] = defaultdict(int)
     for rank, one in enumerate(holdings):
         check_cuts(table, one, rank, size)
-        for name in one.shards:
+        for name, (shape, _) in one.shards.items():
             copy = one.rank["expert_data"] if is_expert(model.arch, model.layout, name) else one.rank["data_context"]
             holders[name, copy, one.rank["tensor"]].append(rank)
+            held[name] += math.prod(shape) if copy == 0 else 0
     replicas = 1 + max(one.rank["data_context"] for one in holdings)
     of_experts = 1 + max(one.rank["expert_data"] for one in holdings)
     for name in own:
@@ -130,11 +150,9 @@ def check_parameters(model: Model, holdings: Sequence[Holding]) -> Line:
     if extra and not (model.arch.tied and extra == set(table) - own):
         raise CheckFailed(f"parameters: ranks hold {sorted(extra)[0]}, which the model does not have")
     note = f"on each of {replicas} replicas" + (f", experts of {of_experts}" if of_experts != replicas else "")
-    return Line("parameters", model.elements, len(holdings), note + _tied(extra))
-
-
-def _tied(extra: Iterable[str]) -> str:
-    return "; the tied head a second time on the last stage" if list(extra) else ""
+    if extra:
+        note += "; the tied head a second time on the last stage"
+    return Line("parameters", _sum(model, held, "parameters"), len(holdings), note)
 
 
 def check_spans(model: Model, holdings: Sequence[Holding], what: str, held: Sequence[list[Span]], *, divided: bool) -> Line:
@@ -152,8 +170,13 @@ def check_spans(model: Model, holdings: Sequence[Holding], what: str, held: Sequ
         check_row(rows.pop(key, []), size, f"{what}: {key[0]}, stage {key[1]}, tensor-parallel part {key[2]}")
     if rows:
         raise CheckFailed(f"{what}: {next(iter(rows))[0]} is no parameter of the ranks that hold a part of it")
+    summed: dict[str, int] = defaultdict(int)
+    for one, spans in zip(holdings, held, strict=True):
+        for name, start, stop in spans:
+            axis = "expert_data" if is_expert(model.arch, model.layout, name) else "data_context"
+            summed[name] += stop - start if divided or one.rank[axis] == 0 else 0
     parts = sum(len(spans) for spans in held)
-    return Line(what, model.elements, parts, "" if divided else "on every rank whole")
+    return Line(what, _sum(model, summed, what), parts, "" if divided else "on every replica")
 
 
 def check_checkpoint(model: Model, holdings: Sequence[Holding]) -> Iterator[Line]:
@@ -165,15 +188,16 @@ def check_checkpoint(model: Model, holdings: Sequence[Holding]) -> Iterator[Line
     student: set[tuple[object, ...]] = set()
     for kind in kinds:
         boxes = [(box, rank) for rank, one in enumerate(holdings) for box in one.written.get(kind, [])]
-        _check_kind(model, kind, boxes)
+        total = _check_kind(model, kind, boxes)
         places = {(box.name, box.offset, box.shape) for box, _ in boxes}
         student = student or places
         if places != student:
             raise CheckFailed(f"checkpoint: {kind} is cut otherwise than the student: {sorted(places ^ student, key=str)[0]}")
-        yield Line(f"checkpoint: {kind}", model.elements, len(boxes), f"from {len({rank for _, rank in boxes})} ranks")
+        yield Line(f"checkpoint: {kind}", total, len(boxes), f"from {len({rank for _, rank in boxes})} ranks")
 
 
-def _check_kind(model: Model, kind: str, boxes: Sequence[tuple[Box, int]]) -> None:
+def _check_kind(model: Model, kind: str, boxes: Sequence[tuple[Box, int]]) -> int:
+    """The published elements that are written of a kind."""
     by_key: dict[str, list[tuple[Box, int]]] = defaultdict(list)
     by_parameter: dict[str, int] = defaultdict(int)
     for box, rank in boxes:
@@ -181,24 +205,26 @@ def _check_kind(model: Model, kind: str, boxes: Sequence[tuple[Box, int]]) -> No
         by_parameter[box.name] += math.prod(box.shape)
     for key, parts in by_key.items():
         check_boxes([(box.offset, box.shape, rank) for box, rank in parts], parts[0][0].whole, f"checkpoint: {key}")
-    for mapping in model.mappings:
-        found, whole = by_parameter.pop(mapping.megatron, 0), _whole(model, mapping.megatron)
-        if found != whole:
-            raise CheckFailed(f"checkpoint: {kind}: {found} of {whole} elements of {mapping.megatron} are written")
-    if by_parameter:
-        raise CheckFailed(f"checkpoint: {kind}: {next(iter(by_parameter))} is not one of the model's parameters")
+    unknown = by_parameter.keys() - {mapping.megatron for mapping in model.mappings}
+    if unknown:
+        raise CheckFailed(f"checkpoint: {kind}: {sorted(unknown)[0]} is not one of the model's parameters")
+    alike = model.layout.tensor_model_parallel_size  # one of them writes what all have
+    once = {one.megatron: alike if isinstance(one, Replicated) else 1 for one in model.mappings}
+    return _sum(model, {name: found * once[name] for name, found in by_parameter.items()}, f"checkpoint: {kind}")
 
 
 def check_buckets(model: Model, holdings: Sequence[Holding]) -> Line:
     """Every published tensor is in one bucket, whole, and the ranks that should send it have it."""
-    counts = set()
+    total = 0
     for ranks, buckets in agree(holdings, model.mappings):
         shapes = {hf: (shape, one.megatron) for one in model.mappings for hf, shape in zip(one.hf, one.shapes, strict=True)}
         for number, bucket in enumerate(buckets):
+            sent: set[str] = set()
             for name, shape in zip(bucket.names, bucket.shapes, strict=True):
                 if name not in shapes:
                     raise CheckFailed(f"weight sync: bucket {number} has {name}, which is sent already or not of the model")
                 published, parameter = shapes.pop(name)
+                sent.add(parameter)
                 if shape != published:
                     raise CheckFailed(f"weight sync: {name} is sent as {list(shape)}; it is {list(published)}")
                 for rank in ranks:
@@ -207,12 +233,12 @@ def check_buckets(model: Model, holdings: Sequence[Holding]) -> Line:
                     if sends and parameter not in holdings[rank].shards:
                         raise CheckFailed(f"weight sync: rank {rank} should send {name} and does not have it")
             size = sum(math.prod(shape) for shape in bucket.shapes) * (2 if bucket.dtype == "bfloat16" else 4)
-            if size > BUCKET_BYTES and len({name.rpartition(".")[0].rpartition(".")[0] for name in bucket.names}) > 1:
+            if size > BUCKET_BYTES and len(sent) > 1:
                 raise CheckFailed(f"weight sync: bucket {number} has {size} bytes of several parameters")
         if shapes:
             raise CheckFailed(f"weight sync: {next(iter(shapes))} and {len(shapes) - 1} more tensors are in no bucket")
-        counts.add(len(buckets))
-    return Line("weight sync", model.elements, max(counts), "buckets, alike on all ranks of a replica")
+        total = sum(math.prod(shape) for bucket in buckets for shape in bucket.shapes)
+    return Line("weight sync", total, len(buckets), "buckets, alike on all ranks that meet")
 
 
 def check_planner(model: Model, holdings: Sequence[Holding]) -> Line:
@@ -232,4 +258,4 @@ def check_planner(model: Model, holdings: Sequence[Holding]) -> Line:
                 raise CheckFailed(f"planner: {what} of rank {rank} are {getattr(planned, what)} bytes; built, {built}")
     worst = max(holdings, key=lambda one: sum(one.bytes.values())).bytes
     note = ", ".join(f"{what} {size / 2**30:.2f}" for what, size in worst.items())
-    return Line("planner's bytes", model.elements, len(holdings), f"ranks; most, GiB: {note}")
+    return Line("planner's bytes", None, len(holdings), f"ranks; most, GiB: {note}")
