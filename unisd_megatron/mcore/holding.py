@@ -113,7 +113,10 @@ def _boxes(name: str, described: Described) -> Iterator[tuple[Box, bool]]:
     assert described.data is not None
     for piece in pieces(described, described.data):
         shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-        yield Box(name, piece.key, tuple(piece.global_shape), tuple(piece.global_offset), shape), is_main_replica(piece.replica_id)
+        yield (
+            Box(name, piece.key, tuple(piece.global_shape), tuple(piece.global_offset), shape),
+            is_main_replica(piece.replica_id),
+        )
 
 
 def _written(entries: dict[str, Described]) -> list[Box]:

@@ -21,7 +21,6 @@ from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.start import make_grid
 
-
 _IDLE = frozenset({"lerp_", "mul_", "addcmul_", "addcdiv_"})
 """Adam's arithmetic in place, which on the `meta` device changes nothing and takes two thirds of the time."""
 
@@ -89,4 +88,3 @@ def _alone(said: list[str]) -> Iterator[None]:
         yield
     finally:
         dist.new_group, dist.all_gather_object = new_group, gather
-

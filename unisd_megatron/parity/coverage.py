@@ -22,14 +22,16 @@ def check_row(spans: Iterable[tuple[int, int, int]], size: int, what: str) -> No
             raise CheckFailed(f"{what}: elements {start} to {min(stop, end) - 1} are on rank {last} and on rank {rank}")
         end, last = stop, rank
     if end != size:
-        wrong = f"elements {end} to {size - 1} are on no rank" if end < size else f"rank {last} ends at {end} of {size} elements"
+        wrong = (
+            f"elements {end} to {size - 1} are on no rank" if end < size else f"rank {last} ends at {end} of {size} elements"
+        )
         raise CheckFailed(f"{what}: {wrong}")
 
 
 def check_boxes(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...], int]], whole: tuple[int, ...], what: str) -> None:
     """Raises `CheckFailed` unless the boxes `(offset, shape, rank)` fill a tensor of shape `whole`, each element once."""
     for offset, shape, rank in boxes:
-        if not all(0 <= first and first + size <= limit for first, size, limit in zip(offset, shape, whole, strict=True)):
+        if not all(first >= 0 and first + size <= limit for first, size, limit in zip(offset, shape, whole, strict=True)):
             raise CheckFailed(f"{what}: rank {rank} writes {list(shape)} at {list(offset)}, outside of {list(whole)}")
     edges = [
         sorted({0, *(offset[axis] for offset, _, _ in boxes), *(offset[axis] + shape[axis] for offset, shape, _ in boxes)})

@@ -13,7 +13,7 @@ import itertools
 import math
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -66,9 +66,7 @@ def model_of(arch: Arch, layout: Layout) -> Model:
     return Model(arch, layout, family_named(arch.family).mappings(arch))
 
 
-def build_ranks(
-    model: Model, platform: Platform, world_size: int, processes: int, say: Callable[[str], None]
-) -> list[Holding]:
+def build_ranks(model: Model, platform: Platform, world_size: int, processes: int, say: Callable[[str], None]) -> list[Holding]:
     """Every rank of the world, in order; `processes` of them at a time."""
     gc.freeze()  # Megatron collects garbage for each optimizer; what is loaded by now is none
     found: list[Holding] = []

@@ -60,9 +60,11 @@ def parts(arch: Arch, tensor: int, expert: int) -> Parts:
     )
 
 
-def layers_per_chunk(arch: Arch, layout: Layout) -> int:
-    """Layers of one chunk of a stage."""
-    return arch.num_layers // layout.virtual_stages
+def layers_per_chunk(arch: Arch, layout: Layout, *, first: bool = False, last: bool = False) -> int:
+    """Layers of one chunk of a stage; the first and the last of all may have one less, for the embedding or the loss."""
+    places = (arch.num_layers + layout.pipeline_ends) // layout.virtual_stages
+    places -= first and layout.account_for_embedding_in_pipeline_split
+    return places - (last and layout.account_for_loss_in_pipeline_split)
 
 
 def chunks(arch: Arch, layout: Layout, stage: int) -> list[list[Parameter]]:
@@ -72,7 +74,7 @@ def chunks(arch: Arch, layout: Layout, stage: int) -> list[list[Parameter]]:
     out = []
     for number in range(count):
         first, last = (stage, number) == (0, 0), (stage, number) == (stages - 1, count - 1)
-        chunk = list(found.layer) * layers_per_chunk(arch, layout)
+        chunk = list(found.layer) * layers_per_chunk(arch, layout, first=first, last=last)
         if first:
             chunk = [dataclasses.replace(found.embedding, shared=arch.tied and stages > 1), *chunk]
         if last:
