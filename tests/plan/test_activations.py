@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-from measured import measure
 
+from measured import measure
 from unisd_megatron.config import Layout
 from unisd_megatron.families import FAMILIES, Arch
 from unisd_megatron.plan.activations import Rows, activations

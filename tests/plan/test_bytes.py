@@ -6,18 +6,14 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from measured import measure
 from test_activations import arch_of
-
 from unisd_megatron.config import Layout
 from unisd_megatron.plan import rank_bytes
 from world import World
 
-TP, PP, DISTRIBUTED = (
-    {"tensor_model_parallel_size": 2},
-    {"pipeline_model_parallel_size": 2},
-    {"use_distributed_optimizer": True},
-)
+TP, PP, DISTRIBUTED = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"use_distributed_optimizer": True}
 KEPT = (("ema", "beside"), ("frozen", "swap"), ("ema", "host"), ("frozen", "beside"), ("live", "beside"))
 
 # Layers of widths that buffers have to be padded for: an odd number of heads' rows, a norm of 96 + 2 numbers.

@@ -45,10 +45,10 @@ class Box:
 class Holding:
     """One rank of the built run.
 
-    rank, groups: along the axes of its `Grid`, by name: its number, and the ranks of the world; shards: shape and dtype name of each parameter; cuts: where Megatron has
-    each shard lie in its whole tensor; written: what this rank writes into a checkpoint, by what it is of ("student", "teacher",
-    and each kind of optimizer state); ema, optimizer: its parts of the EMA masters and of the optimizer's state;
-    bytes: by the names of `plan.RankBytes`; said: see `Simulated`.
+    rank, groups: its number along each axis of its `Grid`, by name, and the ranks of the world there; shards: shape and dtype
+    name of each parameter; cuts: where Megatron has each shard lie in its whole tensor; written: what this rank writes into a
+    checkpoint, by what it is of ("student", "teacher", and each kind of optimizer state); ema, optimizer: its parts of the EMA
+    masters and of the optimizer's state; bytes: by the names of `plan.RankBytes`; said: see `Simulated`.
     """
 
     rank: dict[str, int]

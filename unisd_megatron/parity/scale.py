@@ -154,7 +154,7 @@ def check_parameters(model: Model, holdings: Sequence[Holding]) -> Line:
 
 
 def check_spans(model: Model, holdings: Sequence[Holding], what: str, held: Sequence[list[Span]], *, divided: bool) -> Line:
-    """The parts of each shard that the ranks with that shard hold make the shard; without `divided` every rank has all of it."""
+    """What the ranks with the same shard hold of it makes the shard; without `divided` each of them has all of it."""
     rows: dict[tuple[object, ...], list[tuple[int, int, int]]] = defaultdict(list)
     sizes: dict[tuple[object, ...], int] = {}
     for rank, (one, spans) in enumerate(zip(holdings, held, strict=True)):
@@ -187,7 +187,7 @@ def check_checkpoint(model: Model, holdings: Sequence[Holding]) -> Iterator[Line
     for kind in kinds:
         boxes = [(box, rank) for rank, one in enumerate(holdings) for box in one.written.get(kind, [])]
         total = _check_kind(model, kind, boxes)
-        places = {(box.name, box.offset, box.shape) for box, _ in boxes}
+        places: set[tuple[object, ...]] = {(box.name, box.offset, box.shape) for box, _ in boxes}
         student = student or places
         if places != student:
             raise CheckFailed(f"checkpoint: {kind} is cut otherwise than the student: {sorted(places ^ student, key=str)[0]}")
