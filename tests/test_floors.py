@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "convert", "evaluate", "prepare"},
     "prepare": {"data", "mcore", "weights", "rollout", "convert", "evaluate"},
     "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
-    "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
+    "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train", "plan"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
     "experiments": {"data", "convert", "evaluate"},
     "cli": {

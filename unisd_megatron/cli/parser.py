@@ -14,6 +14,7 @@ from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.experimenting import add_experiments
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
+from unisd_megatron.cli.scaling import add_scale
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
@@ -39,7 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _subcommand_words(arguments: Sequence[str]) -> list[str]:
     """Flags in one spelling; `parity FLAGS` is the layout check, `parity golden FILE` another subcommand of that name."""
     words = [_underscored(word) for word in arguments]
-    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["restart"], ["-h"], ["--help"]):
+    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["restart"], ["scale"], ["-h"], ["--help"]):
         words.insert(1, "layout")
     return words
 
@@ -206,9 +207,9 @@ def _add_verify(subparsers: Any) -> None:
 
 def _add_parity(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `parity restart`."
+        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `restart`; `scale`."
     )
-    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart", parser_class=Parser)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart|scale", parser_class=Parser)
     layout = command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
@@ -237,6 +238,7 @@ def _add_parity(subparsers: Any) -> None:
     flag(restart, "nproc", type=int, default=2, metavar="P", help="processes; what TP x PP leaves is data-parallel (2)")
     flag(restart, "output_dir", help="new folder to keep both runs and their logs in (a temporary one)")
     _add_layout(restart)
+    add_scale(ways)
 
 
 def _add_bench(subparsers: Any) -> None:
