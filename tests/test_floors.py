@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "unisd_megatron"
 
 # Floor by floor, what each room may import of the others. The ground is open to all.
-GROUND = {"errors", "config", "modes", "batch", "grid", "exchange", "resolve", "validation", "__init__"}
+GROUND = {"errors", "config", "modes", "batch", "grid", "exchange", "processes", "resolve", "validation", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "losses": set(),
     "mechanisms": {"losses"},

@@ -136,13 +136,14 @@ def parity_layout(request: argparse.Namespace) -> int:
         micro_batch_size=request.micro_batch_size,
         global_batch_size=8,
         recompute_granularity=request.recompute_granularity,
+        bf16=request.bf16,
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
     prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
-    from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
+    from unisd_megatron.parity.layout import BF16_GRADIENT_TOLERANCE, BF16_TOLERANCE, TOLERANCE, Case, Rig, compare
 
     platform = platforms.choose()
     with start.world(platform, layout, seed=1) as grid:
@@ -157,7 +158,10 @@ def parity_layout(request: argparse.Namespace) -> int:
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
     failed = [case.name for case in results if not case.holds]
-    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
+    bound, dtype = f"{TOLERANCE:g}", "fp32"
+    if layout.bf16:
+        bound, dtype = f"{BF16_TOLERANCE:g}, of a gradient tensor {BF16_GRADIENT_TOLERANCE:g}", "bf16"
+    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {bound}; {dtype} against one fp64 process)")
     return 1 if failed else 0
 
 

@@ -181,6 +181,7 @@ def _add_parity(subparsers: Any) -> None:
     flag(layout, "no_packing", action="store_true", help="a padded row for each sequence")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")
     flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
+    flag(layout, "bf16", action="store_true", help="weights and activations in bf16 (on a GPU: Transformer Engine), looser bounds")
     flag(layout, "family", default="qwen2", help="model family of the tiny model (qwen2)")
     flag(
         layout,
