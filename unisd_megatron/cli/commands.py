@@ -266,6 +266,15 @@ def _bench_loss(request: argparse.Namespace) -> int:
     return 0
 
 
+def selftest(request: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("selftest starts its processes itself; call it without torchrun")
+    _end_by_exception()
+    from unisd_megatron.selftest.suite import selftest as carry_out
+
+    return 0 if carry_out(Path(request.output_dir), request.only, request.quick, say) else 1
+
+
 def prepare_libraries() -> None:
     """Checks megatron-core before it is imported, and keeps libraries' start-up notices off the screen."""
     import logging
