@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,7 +202,7 @@ def compare(rig: Rig, say: Callable[[Case], None] = lambda case: None) -> list[C
                 gradient_error(gradients, expected),
                 abs(norm - expected_norm) / expected_norm,
             ]
-            outcome = [name, loss, *errors, _hold(*errors, rig.layout.bf16)]
+            outcome = [name, loss, *errors, _hold(errors, rig.layout.bf16)]
         known[settings] = Case(*broadcast_json(outcome, 0, rig.grid.world))
         results.append(known[settings])
         say(results[-1])
@@ -212,9 +212,10 @@ def compare(rig: Rig, say: Callable[[Case], None] = lambda case: None) -> list[C
     return results
 
 
-def _hold(loss: float, gradient: float, norm: float, bf16: bool) -> bool:
-    other, of_gradient = (BF16_TOLERANCE, BF16_GRADIENT_TOLERANCE) if bf16 else (TOLERANCE, TOLERANCE)
-    return loss <= other and gradient <= of_gradient and norm <= other
+def _hold(errors: Sequence[float], bf16: bool) -> bool:
+    """Errors of loss, gradient and norm."""
+    bounds = (BF16_TOLERANCE, BF16_GRADIENT_TOLERANCE, BF16_TOLERANCE) if bf16 else (TOLERANCE,) * 3
+    return all(error <= bound for error, bound in zip(errors, bounds, strict=True))
 
 
 def _same_model(rig: Rig, alpha: float) -> Case:

@@ -43,15 +43,15 @@ def step_loss(
     total = torch.zeros((), dtype=torch.float64)
     for i in kept:
         of_student, of_teacher = heard[i][STUDENT], heard[i][TEACHER]
-        divergence = divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        value = divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
         if settings.token_clip is not None:
-            divergence = divergence.clamp(max=settings.token_clip)
-        ratio = torch.ones_like(divergence)
+            value = value.clamp(max=settings.token_clip)
+        ratio = torch.ones_like(value)
         if settings.importance_cap is not None:
             sampled = log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
             ratio = (sampled - torch.tensor(samples[i].completion.log_probs)).exp().clamp(max=settings.importance_cap)
         weights = token_weights[i]
-        main = (weights * ratio * divergence).sum() / weights.sum()
+        main = (weights * ratio * value).sum() / weights.sum()
         total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
         if settings.contrastive_weight:
             s, p, n = (

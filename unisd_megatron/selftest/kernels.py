@@ -1,6 +1,6 @@
 """The loss's paths against their definition: dense, fp64, gradients by autograd. Prints one line of JSON.
 
-`python -m unisd_megatron.selftest.kernels '{"paths": ["materialized", "fused_torch"], "dtypes": ["float32"], "shapes": [[64, 5003, 48]]}'`
+`python -m unisd_megatron.selftest.kernels '{"paths": ["fused_torch"], "dtypes": ["float32"], "shapes": [[64, 5003, 48]]}'`
 A path is `materialized`, `fused_torch` or `triton`; a shape tokens, vocabulary, width. Computed on the GPU if there is one.
 """
 
@@ -75,16 +75,25 @@ def measure(case: Case, device: torch.device) -> Error:
 
 def _computed(case: Case, inputs: Sequence[Tensor], ids: Tensor) -> FusedDivergence:
     _leaves(inputs)
-    real = {"vocab_size": case.vocab_size, "alpha": case.alpha, "temperature": TEMPERATURE}
+    alpha, real = case.alpha, case.vocab_size
     if case.path == "triton":  # by name: "auto" would take plain torch where there is no GPU
-        return fused_divergence(*inputs, token_ids=ids, kernels="triton", **real)
+        return fused_divergence(*inputs, token_ids=ids, alpha=alpha, temperature=TEMPERATURE, vocab_size=real, kernels="triton")
     student, teacher = Readout(*inputs[:2]), Readout(*inputs[2:])
-    return compare(student, teacher, token_ids=ids, group=None, path=case.path, **real)
+    return compare(
+        student,
+        teacher,
+        token_ids=ids,
+        alpha=alpha,
+        temperature=TEMPERATURE,
+        vocab_size=real,
+        group=None,
+        path=case.path,
+    )
 
 
 def _defined(case: Case, inputs: Sequence[Tensor], ids: Tensor) -> FusedDivergence:
     _leaves(inputs)
-    student, teacher = (_logits(*pair, case) for pair in (inputs[:2], inputs[2:]))
+    student, teacher = _logits(inputs[0], inputs[1], case), _logits(inputs[2], inputs[3], case)
     log_probs = (student / TEMPERATURE).log_softmax(-1)
     return FusedDivergence(
         divergence=oracle.divergence(student, teacher.detach(), case.alpha, TEMPERATURE),
