@@ -119,7 +119,7 @@ def _kernels(paths: Sequence[str], work: Work) -> list[Job]:
 
 
 def _floor_jobs(work: Work) -> list[Job]:
-    sizes = {"tokens": 1024 if work.quick else 2048, "vocab_size": 32000, "hidden": 128}
+    sizes = {"tokens": 2048, "vocab_size": 32000, "hidden": 128 if work.quick else 896}
     if work.machine.gpus:
         sizes = {"tokens": 4096 if work.quick else 16384, "vocab_size": 151936, "hidden": 4096}
     return [Job("unisd_megatron.selftest.floors", (json.dumps(sizes),))]
@@ -130,7 +130,8 @@ LOSS = (
           partial(_kernels, ("materialized", "fused_torch")), reading.kernels),
     Check("loss.triton", "the Triton kernels (on a CPU in Triton's interpreter) against the definition",
           partial(_needs, packages=["triton"]), partial(_kernels, ("triton",)), reading.kernels),
-    Check("loss.floors", "memory and time of the loss beside what it cannot go below", _always, _floor_jobs, reading.floors),
+    Check("loss.floors", "memory and time of the loss beside what it cannot go below", _always, _floor_jobs, reading.floors,
+          limit_s=1200.0),
 )  # fmt: skip
 
 
