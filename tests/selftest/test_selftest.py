@@ -52,6 +52,8 @@ def test_what_does_not_run_says_what_it_needs() -> None:
     assert reasons["loss.triton"] == "needs triton, not installed"
     hopper = {check.name: reason(check, Machine(1, (9, 0)), quick=False) for check in CHECKS}
     assert hopper["fp8.student"] == "needs transformer-engine, not installed"
+    nothing = {check.name: reason(check, Machine(), quick=False) for check in CHECKS}
+    assert nothing["fp8.student"] == "needs a GPU of compute capability 9.0 (Hopper) or newer, found no GPU"
     assert that_run(Machine(), quick=True) == ON_CPU - {"parity.pp2", "restart"}
 
 

@@ -51,11 +51,11 @@ def _always(machine: Machine, quick: bool) -> str | None:
 
 
 def _needs(machine: Machine, quick: bool, *, packages: Sequence[str] = (), gpus: int = 0, hopper: bool = False) -> str | None:
+    if hopper and machine.capability < HOPPER:
+        found = ".".join(map(str, machine.capability)) if machine.gpus else "no GPU"
+        return f"needs a GPU of compute capability 9.0 (Hopper) or newer, found {found}"
     if machine.gpus < gpus:
         return f"needs {gpus} GPU{'s' * (gpus > 1)}, found {machine.gpus}"
-    if hopper and machine.capability < HOPPER:
-        found = ".".join(map(str, machine.capability))
-        return f"needs a GPU of compute capability 9.0 (Hopper) or newer, found {found}"
     missing = [name for name in packages if name not in machine.packages]
     return f"needs {' and '.join(missing)}, not installed" if missing else None
 
@@ -191,7 +191,7 @@ def _training(work: Work, name: str, steps: int, more: Sequence[str] = (), ranks
     """A short run on `work.folder / "model"`; its metrics are in `work.folder / name`."""
     ranks = ranks or work.machine.ranks
     words = f"--mode vanilla --dataset addition --max_steps {steps} --global_batch_size 8 --max_completion_length 16"
-    layout = ("--tensor_model_parallel_size", str(ranks), "--learning_rate", "1e-3")
+    layout = ("--tensor_model_parallel_size", str(ranks), "--learning_rate", "2e-5")
     folders = ("--model_name", str(work.folder / "model"), "--output_dir", str(work.folder / name))
     return Job("unisd_megatron", ("train", *words.split(), *layout, *folders, *more), ranks)
 
