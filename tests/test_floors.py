@@ -23,6 +23,7 @@ GROUND = {
     "batch",
     "grid",
     "exchange",
+    "processes",
     "resolve",
     "validation",
     "__init__",
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train", "plan"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
     "experiments": {"data", "convert", "evaluate"},
+    "selftest": {"losses", "mcore", "weights", "train", "parity", "bench"},
     "cli": {
         "bench",
         "data",
@@ -54,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parity",
         "plan",
         "prepare",
+        "selftest",
         "train",
         "weights",
     },
@@ -88,6 +91,7 @@ FLOORS_WITHOUT_MEGATRON = [
     "cli.parser",
     "prepare.needs",
     "experiments.run",
+    "selftest.suite",
 ]
 
 

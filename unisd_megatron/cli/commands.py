@@ -147,13 +147,14 @@ def parity_layout(request: argparse.Namespace) -> int:
         micro_batch_size=request.micro_batch_size,
         global_batch_size=8,
         recompute_granularity=request.recompute_granularity,
+        bf16=request.bf16,
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
     prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
-    from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
+    from unisd_megatron.parity.layout import BF16_GRADIENT_TOLERANCE, BF16_TOLERANCE, TOLERANCE, Case, Rig, compare
 
     platform = platforms.choose()
     with start.world(platform, layout, seed=1) as grid:
@@ -168,7 +169,10 @@ def parity_layout(request: argparse.Namespace) -> int:
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
     failed = [case.name for case in results if not case.holds]
-    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
+    bound, dtype = f"{TOLERANCE:g}", "fp32"
+    if layout.bf16:
+        bound, dtype = f"{BF16_TOLERANCE:g}, of a gradient tensor {BF16_GRADIENT_TOLERANCE:g}", "bf16"
+    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {bound}; {dtype} against one fp64 process)")
     return 1 if failed else 0
 
 
@@ -271,6 +275,15 @@ def _bench_loss(request: argparse.Namespace) -> int:
     )
     say("\n" + report.write(costs, Path(request.output_dir), sizes.machine))
     return 0
+
+
+def selftest(request: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("selftest starts its processes itself; call it without torchrun")
+    _end_by_exception()
+    from unisd_megatron.selftest.suite import selftest as carry_out
+
+    return 0 if carry_out(Path(request.output_dir), request.only, request.quick, say) else 1
 
 
 def prepare_libraries() -> None:

@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_prepare(subparsers)
     add_experiments(subparsers, lambda one: _add_settings(one, but={"output_dir", "seed", "resume_from_checkpoint"}), _stated)
     _add_bench(subparsers)
+    _add_selftest(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
 
@@ -221,6 +222,12 @@ def _add_parity(subparsers: Any) -> None:
     flag(layout, "no_packing", action="store_true", help="a padded row for each sequence")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")
     flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
+    flag(
+        layout,
+        "bf16",
+        action="store_true",
+        help="weights and activations in bf16 (on a GPU: Transformer Engine), looser bounds",
+    )
     flag(layout, "family", default="qwen2", help="model family of the tiny model (qwen2)")
     flag(
         layout,
@@ -268,3 +275,12 @@ def _add_bench(subparsers: Any) -> None:
     flag(parser, "vocabulary", type=int, default=16000, metavar="V", help="rollout: the model's vocabulary (16000)")
     flag(parser, "sequences", type=int, default=64, metavar="N", help="rollout: sequences of a batch (64)")
     flag(parser, "new_tokens", type=int, default=64, metavar="T", help="rollout: tokens of each, after some 100 (64)")
+
+
+def _add_selftest(subparsers: Any) -> None:
+    parser = command(
+        subparsers, "selftest", commands.selftest, "What holds on this machine: one page of results, to attach to a bug report."
+    )
+    flag(parser, "output_dir", default="runs/selftest", metavar="DIR", help="new folder for the page and logs (runs/selftest)")
+    flag(parser, "only", nargs="+", metavar="NAME", help="checks, or groups of them such as parity; a wrong name lists them")
+    flag(parser, "quick", action="store_true", help="smaller sizes, and without what takes longest")

@@ -50,22 +50,22 @@ def step_loss(
     for i in kept:
         of_student, of_teacher = heard[i][STUDENT], heard[i][TEACHER]
         if settings.likelihood:
-            total = total - _log_prob(of_student.logits, tokens[i], 1.0).mean() / len(kept)
+            total = total - log_prob(of_student.logits, tokens[i], 1.0).mean() / len(kept)
             continue
-        entries = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
-        divergence = (entries if settings.entry_clip is None else entries.clamp(max=settings.entry_clip)).sum(-1)
+        entries = contributions(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        value = (entries if settings.entry_clip is None else entries.clamp(max=settings.entry_clip)).sum(-1)
         if settings.token_clip is not None:
-            divergence = divergence.clamp(max=settings.token_clip)
-        ratio = torch.ones_like(divergence)
+            value = value.clamp(max=settings.token_clip)
+        ratio = torch.ones_like(value)
         if settings.importance_cap is not None and samples[i].completion.log_probs:
-            sampled = _log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
+            sampled = log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
             ratio = (sampled - torch.tensor(samples[i].completion.log_probs[skip:])).exp().clamp(max=settings.importance_cap)
         weights = token_weights[i]
-        main = (weights * ratio * divergence).sum() / weights.sum()
+        main = (weights * ratio * value).sum() / weights.sum()
         total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
         if settings.contrastive_weight:
             s, p, n = (
-                _log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
+                log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
             )
             hinge = (settings.contrastive_margin + (s - p).abs() - (s - n).abs()).clamp(min=0)
             total = total + settings.contrastive_weight * (ratio * hinge).mean() / len(kept)
@@ -75,12 +75,12 @@ def step_loss(
     return total
 
 
-def _log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
 
 
-def _divergence(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
-    """What each entry of the vocabulary contributes, `[T, V]`."""
+def contributions(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
+    """What each entry of the vocabulary contributes to the divergence, `[T, V]`."""
     log_s, log_t = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     if alpha == 0:
         return log_t.exp() * (log_t - log_s)
@@ -100,7 +100,7 @@ def _agreement(
     if settings.agreement is None or settings.gamma <= 0:
         return token_weights, sequence_weights
     views = {
-        i: torch.stack([_log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)])
+        i: torch.stack([log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)])
         for i, ids in tokens.items()
     }
     if settings.agreement == "sequence":
