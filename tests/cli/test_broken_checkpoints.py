@@ -364,7 +364,7 @@ sys.exit(main(sys.argv[1:]))
 def test_an_import_that_is_stopped_leaves_nothing(desk: Desk, whole: Path) -> None:
     shutil.copytree(whole / "one", desk.folder / "model")
     before = desk.content()
-    status = {signal.SIGTERM: 143, signal.SIGINT: -signal.SIGINT}
+    status = {signal.SIGTERM: 143, signal.SIGINT: 130}
     words = [sys.executable, "-c", SLOW, *IMPORT[:-1]]
     running = {one: subprocess.Popen([*words, one.name], stderr=subprocess.PIPE, text=True) for one in status}
     for number, process in running.items():

@@ -312,7 +312,7 @@ def test_a_wrong_configuration_file_is_refused(desk: Desk, file: str, text: str,
 
 def test_a_folder_that_holds_another_run_is_refused(desk: Desk) -> None:
     desk.write("run/run.json", "{}")
-    desk.refused(command({}), "run: not empty", "--resume_from_checkpoint latest")
+    desk.refused(command({}), "run: not empty", "--resume_from_checkpoint auto")
 
 
 def test_a_half_written_checkpoint_is_refused(desk: Desk) -> None:

@@ -148,7 +148,7 @@ def assert_says_it(stop: Stop, host: int, cause: str) -> None:
     for line in lines:
         who = rf"unisd: rank [{2 * host}{2 * host + 1}] on host-{'ab'[host]} lost contact with its peers: "
         assert re.match(who + r".*; \d+ s into step \d; ", line) and re.search(cause, line, re.IGNORECASE), line
-        way_on = f"the last complete checkpoint is {stop.complete}; start all hosts again with --resume_from_checkpoint latest"
+        way_on = f"the last complete checkpoint is {stop.complete}; start all hosts again with --resume_from_checkpoint auto"
         assert line.endswith(way_on), line
 
 

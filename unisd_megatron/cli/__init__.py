@@ -17,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
         return request.command(request)
+    except KeyboardInterrupt:
+        # Not left to Python, which forgets what ended it where a library runs code at exit.
+        print("unisd: interrupted", file=sys.stderr, flush=True)
+        return 130
     except LostContact as error:
         _end_without_peers(error)
         return 1

@@ -40,6 +40,5 @@ def told(output: Path) -> Iterator[Course]:
 
 def _way_on(output: Path) -> str:
     found = checkpoint.complete(output)
-    if not found:
-        return f"{output} has no complete checkpoint yet; start again with a new --output_dir"
-    return f"the last complete checkpoint is {found[-1].name}; start all hosts again with --resume_from_checkpoint latest"
+    last = f"the last complete checkpoint is {found[-1].name}" if found else f"{output} has no complete checkpoint yet"
+    return f"{last}; start all hosts again with --resume_from_checkpoint auto"
