@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unisd_megatron", "unisd_megatron.*"]),
-    package_data={"unisd_megatron": ["py.typed"]},
+    package_data={"unisd_megatron": ["py.typed", "report/templates/*.html"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={

@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
-    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "prepare", "train", "weights"},
+    "report": {"evaluate"},
+    "cli": {"bench", "data", "convert", "evaluate", "mcore", "parity", "prepare", "report", "train", "weights"},
     "__main__": {"cli"},
 }
 # The door of each heavy dependency.
@@ -38,6 +39,8 @@ ONLY_IN = {
     "vllm": ("rollout/",),
     "httpx": ("rollout/server.py",),
     "argparse": ("cli/", "rollout/serve.py"),
+    "jinja2": ("report/",),
+    "wandb": ("train/watching.py",),
     "datasets": ("data/sources.py",),
     "sentence_transformers": ("prepare/embeddings.py",),
     "xgrammar": ("rollout/structured.py",),
@@ -57,6 +60,7 @@ FLOORS_WITHOUT_MEGATRON = [
     "rollout.guard",
     "rollout.serve",
     "cli.parser",
+    "report.run",
 ]
 
 
@@ -105,7 +109,7 @@ def test_heavy_dependencies_have_one_door() -> None:
 
 @pytest.mark.parametrize("module", FLOORS_WITHOUT_MEGATRON)
 def test_lower_floors_load_no_megatron(module: str) -> None:
-    light = module in ("config", "validation", "modes", "batch", "errors", "rollout.guard", "rollout.serve", "cli.parser")
+    light = module in ("config", "validation", "modes", "batch", "errors", "rollout.guard", "rollout.serve", "cli.parser", "report.run")
     absent = ["megatron", "vllm", "transformer_engine", "transformers"] + (["torch"] if light else [])
     code = f"import sys, unisd_megatron.{module}; print([m for m in {absent} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -12,6 +12,7 @@ from unisd_megatron.cli import commands
 from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
+from unisd_megatron.cli.reporting import add_report
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
@@ -28,6 +29,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_parity(subparsers)
     add_evaluate(subparsers)
     add_prepare(subparsers)
+    add_report(subparsers)
     _add_bench(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
