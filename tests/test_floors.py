@@ -109,7 +109,17 @@ def test_heavy_dependencies_have_one_door() -> None:
 
 @pytest.mark.parametrize("module", FLOORS_WITHOUT_MEGATRON)
 def test_lower_floors_load_no_megatron(module: str) -> None:
-    light = module in ("config", "validation", "modes", "batch", "errors", "rollout.guard", "rollout.serve", "cli.parser", "report.run")
+    light = module in (
+        "config",
+        "validation",
+        "modes",
+        "batch",
+        "errors",
+        "rollout.guard",
+        "rollout.serve",
+        "cli.parser",
+        "report.run",
+    )
     absent = ["megatron", "vllm", "transformer_engine", "transformers"] + (["torch"] if light else [])
     code = f"import sys, unisd_megatron.{module}; print([m for m in {absent} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

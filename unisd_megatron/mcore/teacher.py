@@ -93,7 +93,9 @@ class Teacher:
         """
         assert self.shards is not None
         counted = {name for name, parameter in self.model.named_shards() if self._counts(parameter)}
-        sums = self.shards.squares((name, p if name in counted else p.detach().to("meta")) for name, p in student.named_shards())
+        sums = self.shards.squares(
+            (name, p if name in counted else p.detach().to("meta")) for name, p in student.named_shards()
+        )
         everywhere = all_gather_json(sums.tolist(), self.grid.world)
         return math.sqrt(math.fsum(apart for apart, _ in everywhere) / math.fsum(whole for _, whole in everywhere))
 

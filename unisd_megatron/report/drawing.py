@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a6fb0", "#d9822b", "#3a8f5c", "#c23b3b", "#7a828c"
 COLORS = (BLUE, ORANGE, GREEN, RED, GREY)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name would begin a formula
     "svg.hashsalt": "unisd",
     "font.size": 10,
     "axes.spines.top": False,
@@ -45,9 +46,7 @@ class Picture:
     png: bytes
 
 
-def picture(
-    name: str, title: str, note: str, draw: Callable[[Any], None], size: tuple[float, float] = (6.0, 2.9)
-) -> Picture:
+def picture(name: str, title: str, note: str, draw: Callable[[Any], None], size: tuple[float, float] = (6.0, 2.9)) -> Picture:
     """Calls `draw` with the axes of an empty picture. size: inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
@@ -65,11 +64,6 @@ def _inline(text: str, title: str) -> str:
     head, rest = body.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{title}">{rest}'
-
-
-def plain(text: str) -> str:
-    """Words as matplotlib shows them: a dollar would begin a formula."""
-    return text.replace("\\", "\\\\").replace("$", r"\$")
 
 
 def write(pictures: Sequence[Picture], folder: Path) -> None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from unisd_megatron.evaluate.statistics import wilson
 from unisd_megatron.report import comparison, plots
 from unisd_megatron.report.comparison import Line
-from unisd_megatron.report.drawing import Picture, plain
+from unisd_megatron.report.drawing import Picture
 from unisd_megatron.report.flips import Flips, flips
 from unisd_megatron.report.reading import Answers, RunRecord, Sweep
 
@@ -22,10 +22,22 @@ GENERATOR = "unisd report"
 
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    found.filters |= {"number": number, "percent": percent, "points": points, "p": p_value, "inline": lambda one: Markup(one.svg)}
+    found = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    found.filters |= {
+        "number": number,
+        "percent": percent,
+        "points": points,
+        "p": p_value,
+        "inline": _inline,
+    }
     found.globals["generator"] = GENERATOR
     return found
+
+
+def _inline(one: Picture) -> Markup:
+    return Markup(one.svg)
 
 
 def number(value: float | None) -> str:
@@ -66,7 +78,9 @@ def of_run(record: RunRecord, pair: tuple[Answers, Answers] | None, folder: str,
             tiles=_tiles(record),
             table=_table(record),
             evaluations=_evaluations(record),
-            stated={name: value for name, value in record.settings.items() if record.origins.get(name) in ("flag", "file", "mode")},
+            stated={
+                name: value for name, value in record.settings.items() if record.origins.get(name) in ("flag", "file", "mode")
+            },
             flips=found,
         )
     )
@@ -81,7 +95,13 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         last = rows[-1]
         tiles.append(("held-out accuracy, %", percent(last["accuracy"]), f"{percent(last['low'])} to {percent(last['high'])}"))
         if len(rows) > 1:
-            tiles.append(("before training, %" if rows[0]["step"] == 0 else "first, %", percent(rows[0]["accuracy"]), f"step {rows[0]['step']}"))
+            tiles.append(
+                (
+                    "before training, %" if rows[0]["step"] == 0 else "first, %",
+                    percent(rows[0]["accuracy"]),
+                    f"step {rows[0]['step']}",
+                )
+            )
     steps, losses = record.series("loss")
     wanted = record.settings.get("max_steps")
     tiles.append(("steps", str(len(record.metrics)), f"of {wanted}" if wanted else ""))
@@ -105,7 +125,14 @@ def _table(record: RunRecord) -> list[dict[str, Any]]:
         values = record.series(name)[1]
         tail = values[-max(1, len(values) // 10) :]
         rows.append(
-            {"name": name, "first": values[0], "last": values[-1], "tail": sum(tail) / len(tail), "least": min(values), "largest": max(values)}
+            {
+                "name": name,
+                "first": values[0],
+                "last": values[-1],
+                "tail": sum(tail) / len(tail),
+                "least": min(values),
+                "largest": max(values),
+            }
         )
     return rows
 
@@ -126,14 +153,18 @@ def of_sweep(sweep: Sweep, pages: dict[str, str]) -> tuple[str, list[Picture]]:
         lines = comparison.lines(sweep, dataset)
         base = sweep.base.get(dataset)
         before = base[0] if base is not None else None
-        shown = plots.sweep(lines, dataset, before["accuracy"] if before else None, plain)
+        shown = plots.sweep(lines, dataset, before["accuracy"] if before else None)
         drawn += [shown] if shown is not None else []
         parts.append({"dataset": dataset, "lines": lines, "picture": shown, "base": before, "seeds": _seeds(lines)})
     missing = [
         {"title": cell.title, "dataset": dataset, "why": why} for cell in sweep.cells for dataset, why in cell.missing.items()
     ]
-    text = _environment().get_template("sweep.html").render(
-        title=sweep.name, parts=parts, missing=missing, not_run=sweep.not_run, cells=sweep.cells, pages=pages, gib=plots.GIB
+    text = (
+        _environment()
+        .get_template("sweep.html")
+        .render(
+            title=sweep.name, parts=parts, missing=missing, not_run=sweep.not_run, cells=sweep.cells, pages=pages, gib=plots.GIB
+        )
     )
     return text, drawn
 

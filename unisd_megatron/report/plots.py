@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import NullFormatter
 
 from unisd_megatron.evaluate.statistics import wilson
 from unisd_megatron.report.drawing import BLUE, COLORS, GREY, ORANGE, RED, Picture, picture
@@ -39,7 +41,13 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
         True,
     ),
     ("likelihood", "Negative log-likelihood", "Nats per token of what is trained on.", {"nll/mean": "mean"}, False),
-    ("entropy", "Entropy of the student", "Nats per token. A fall to 0 is a collapse, a rise an explosion.", {"entropy": ""}, False),
+    (
+        "entropy",
+        "Entropy of the student",
+        "Nats per token. A fall to 0 is a collapse, a rise an explosion.",
+        {"entropy": ""},
+        False,
+    ),
     (
         "clip",
         "Clip rate",
@@ -99,7 +107,7 @@ _SHARES = {"clip", "contrast", "truncated", "agreement"}
 
 def pictures(record: RunRecord) -> list[Picture]:
     """Of whatever the run has recorded."""
-    curves = {name: _curve(record, name, *rest) for name, *rest in _CURVES}
+    curves = {one[0]: _curve(record, *one) for one in _CURVES}
     others = {
         "accuracy": _accuracy(record),
         "divergences": _histogram(record, DIVERGENCES, "divergences", "Divergences over steps", "divergence, nats", log=True),
@@ -118,17 +126,22 @@ def _curve(record: RunRecord, name: str, title: str, note: str, metrics: dict[st
     drawn = {legend: series for legend, series in drawn.items() if series[0]}
     if not drawn:
         return None
-    log = log and all(max(values) > 0 for _, values in drawn.values())
+    positive = [value for _, values in drawn.values() for value in values if value > 0]
+    log = log and bool(positive) and max(positive) > 30 * min(positive)
 
     def draw(axes: Any) -> None:
         for (legend, (steps, values)), color in zip(drawn.items(), COLORS, strict=False):
             axes.plot(steps, values, color=color, label=legend, **_marks(steps))
         if log:
             axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif name in _SHARES:
             axes.set_ylim(-0.03, 1.03)
         else:
-            axes.set_ylim(bottom=min(0.0, *(min(values) for _, values in drawn.values())))
+            values = [value for _, values in drawn.values() for value in values]
+            least, largest = min(0.0, *values), max(0.0, *values)
+            axes.set_ylim(least, largest + 0.08 * (largest - least or 1.0))
         if len(drawn) > 1:
             axes.legend(ncols=len(drawn), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         _steps(axes)
@@ -153,7 +166,9 @@ def _accuracy(record: RunRecord) -> Picture | None:
     bounds = [wilson(share * row["examples"], row["examples"]) for share, row in zip(shares, rows, strict=True)]
 
     def draw(axes: Any) -> None:
-        axes.fill_between(steps, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=BLUE, alpha=0.18, lw=0)
+        axes.fill_between(
+            steps, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=BLUE, alpha=0.18, lw=0
+        )
         axes.plot(steps, [100 * share for share in shares], color=BLUE, marker="o", markersize=4)
         axes.set_ylabel("held-out accuracy, %")
         axes.set_ylim(0, 100)
@@ -175,12 +190,13 @@ def _histogram(record: RunRecord, metric: str, name: str, title: str, label: str
 
     def draw(axes: Any) -> None:
         heights = numpy.arange(len(edges) + 2)
-        mesh = axes.pcolormesh(starts, heights, numpy.where(share > 0, share, numpy.nan), cmap="Blues", vmin=0, rasterized=True)
+        seen = numpy.where(share > 0, share, numpy.nan)
+        mesh = axes.pcolormesh(starts, heights, seen, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), rasterized=True)
         axes.figure.colorbar(mesh, ax=axes, label="share", pad=0.01)
         axes.grid(False)
         axes.set_ylabel(label)
-        places = [i for i, edge in enumerate(edges) if not log or abs(math.log10(edge) % 1) < 1e-9 or abs(math.log10(edge) % 1 - 1) < 1e-9]
-        places = places[:: max(1, len(places) // 5)]
+        # Every second power of ten, every fifth of the range of weights.
+        places = [i for i in range(len(edges)) if i % 4 == (0 if log else 3)]
         axes.set_yticks([place + 1 for place in places], [f"{edges[place]:g}" for place in places])
         _steps(axes)
 
@@ -221,11 +237,13 @@ def _memory(record: RunRecord) -> Picture | None:
         axes.set_ylim(0, 1.15 * max(values) / GIB)
         _steps(axes)
 
-    note = "Of the rank that needs most, since its process began: on a GPU what was allocated there, on a CPU what was resident."
+    note = (
+        "Of the rank that needs most, since its process began: on a GPU what was allocated there, on a CPU what was resident."
+    )
     return picture("memory", "Peak memory", note, draw)
 
 
-def sweep(lines: Sequence[Any], dataset: str, base: float | None, name_of: Callable[[str], str]) -> Picture | None:
+def sweep(lines: Sequence[Any], dataset: str, base: float | None) -> Picture | None:
     """Accuracy of every setting: each seed a dot, the mean and its t interval; the control's mean as a line."""
     shown = [line for line in lines if line.mean is not None]
     if not shown:
@@ -245,7 +263,7 @@ def sweep(lines: Sequence[Any], dataset: str, base: float | None, name_of: Calla
             axes.axvline(100 * controls[0], color=GREY, lw=1, ls="--", label="vanilla")
         if base is not None:
             axes.axvline(100 * base, color=RED, lw=1, ls=":", label="before training")
-        axes.set_yticks(range(len(shown)), [name_of(line.name) for line in reversed(shown)])
+        axes.set_yticks(range(len(shown)), [line.name for line in reversed(shown)])
         axes.set_ylim(-0.7, len(shown) - 0.3)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("accuracy, %")

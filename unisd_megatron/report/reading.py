@@ -1,4 +1,4 @@
-"""What a run, an evaluation or a sweep has left in its folder; nothing is computed here but what a kill cut short is left out."""
+"""What a run, an evaluation or a sweep has left in its folder. What a kill cut short is left out, and said."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def read_sweep(folder: Path) -> Sweep:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
         why = problems[0] if problems else f"needs `runs`, each with {', '.join(sorted(needed))}"
         raise ConfigError(f"{folder}/sweep.json: {why}")
-    base = {}
+    base: dict[str, tuple[Row, list[Row]]] = {}
     for row in content.get("base", []):
         if (folder / row["evaluation"] / "result.json").is_file():
             base.setdefault(row["dataset"], read_evaluation(folder / row["evaluation"]))

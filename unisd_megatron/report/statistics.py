@@ -53,7 +53,7 @@ def sign_flip(differences: Sequence[int]) -> float:
     for one in differences:
         if one:
             sizes[abs(one)] = sizes.get(abs(one), 0) + 1
-    spread = numpy.ones(1)  # of the sum, over every second whole number around 0
+    spread: numpy.ndarray = numpy.ones(1)  # of the sum, over every second whole number around 0
     for size, count in sizes.items():
         coins = numpy.zeros(size * count + 1)  # heads among `count` coins, each worth `size`
         logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(count + 1)]

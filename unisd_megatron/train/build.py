@@ -205,7 +205,7 @@ def _longest(run: Run, prepared: Prepared) -> int:
 
 
 def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:
-    """`run.json`: settings by flag name, the origin of each, versions, edges of histograms. `--config run.json` repeats the run."""
+    """`run.json`: settings with their origins, versions, edges of histograms. `--config run.json` repeats the run."""
     content = {"settings": run.flat(), "origins": dict(run.origins), "versions": notes, "histograms": EDGES}
     partial = folder / "run.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
