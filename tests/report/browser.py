@@ -65,7 +65,7 @@ class Browser:
             elif one.get("method") == "Log.entryAdded":
                 complaints.append(said["entry"]["text"])
             elif one.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
-                complaints.append(json.dumps(said)[:300])
+                complaints.append(json.dumps(said))
         return requests, complaints, answer["result"]["value"]
 
     def _call(

@@ -7,8 +7,8 @@ holds these numbers beside the counts that `metrics.jsonl` has of every step.
 from __future__ import annotations
 
 WEIGHTS = "agreement/weight_histogram"
-"""Agreement weights, in (0, 1]. Twentieths: token weights never fall below 0.01 (first bin), and with the cap of 10 times the
-0.95 quantile not below 1 / (1 + 10 gamma); sequence weights go down to 1e-6. The last bin, from 0.95 on, holds full agreement."""
+"""Agreement weights, in (0, 1], by twentieths. Token weights never fall below 0.01 (first bin), nor, with the cap of 10 times
+the 0.95 quantile, below 1 / (1 + 10 gamma); sequence weights go down to 1e-6. The last bin, from 0.95 on, is agreement."""
 DIVERGENCES = "divergence/histogram"
 """Divergences of tokens before clipping, nats: two bins to a power of ten."""
 

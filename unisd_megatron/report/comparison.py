@@ -1,9 +1,9 @@
 """A sweep as a table: each setting over its seeds, and against vanilla on the same questions.
 
-Two sources of chance are kept apart. Over seeds: a t interval of the mean, and of the paired differences from vanilla's run with
-the same seed. Over questions: for every question the difference of the number of right answers, added over the seeds that both
-have; under the null hypothesis its sign is a coin's (`statistics.sign_flip`). The second says whether these trained models differ
-on such questions, and nothing about what other seeds would give; Holm's adjustment counts all comparisons of the table.
+Two sources of chance are kept apart. Over seeds: a t interval of the mean, and of the paired differences from vanilla's run
+with the same seed. Over questions: for every question the difference of the number of right answers, added over the seeds that
+both have; under the null hypothesis its sign is a coin's (`statistics.sign_flip`). The second says whether these trained models
+differ on such questions, and nothing about what other seeds would give; Holm's adjustment counts all comparisons of the table.
 """
 
 from __future__ import annotations

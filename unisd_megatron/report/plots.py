@@ -271,4 +271,4 @@ def sweep(lines: Sequence[Any], dataset: str, base: float | None) -> Picture | N
             axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
     note = "A dot for each seed, a mark at their mean; band: 95 % t interval over seeds, where there are two or more."
-    return picture(f"sweep-{dataset}", f"Accuracy on {dataset}", note, draw, size=(9.0, 1.2 + 0.3 * len(shown)))
+    return picture(f"sweep-{dataset}", f"Accuracy on {dataset}", note, draw, size=(11.5, 1.3 + 0.28 * len(shown)))
