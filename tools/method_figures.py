@@ -164,7 +164,7 @@ def teacher(drawn: Drawn) -> Figure:
     right.plot(steps, [row["agreement/weight_mean"] for row in drawn.metrics], color=GREEN)
     right.set_title("mean agreement weight", fontsize=9)
     for one in (left, middle, right):
-        one.set_ylim(bottom=0)
+        one.set_ylim(0, 1.1 * max(one.lines[0].get_ydata()))
         one.set_xlabel("optimizer step")
         one.grid(color="#e6e9ec")
     return figure
