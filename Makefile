@@ -29,10 +29,14 @@ export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-latest bench lint clean
+.PHONY: demo study test test-latest bench lint clean
 
 demo: $(VENV)/$(if $(filter transformers,$(ENGINE)),.ready,.ready-vllm)
 	$(BIN)/python examples/demo/run.py --seed $(SEED) --engine $(ENGINE)
+
+# Every mode and baseline on the demo model, three seeds each; the same command again goes on where it was cut.
+study: $(VENV)/.ready-dev
+	$(BIN)/python -m unisd_megatron experiments study --output_dir runs/study
 
 test: $(VENV)/.ready-dev $(VENV)/.ready-vllm
 	$(BIN)/python -m pytest

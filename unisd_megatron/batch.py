@@ -26,16 +26,22 @@ class Prompts:
 
     id: str
     views: Mapping[str, tuple[int, ...]]
+    reference: tuple[int, ...] | None = None  # the reference solution as a completion, where it is trained on
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine returned for one prompt."""
+    """What an engine returned for one prompt, or a reference in its place."""
 
     token_ids: tuple[int, ...]  # end of sequence included if it was sampled
-    log_probs: tuple[float, ...]  # of the sampled tokens under the sampling distribution, nats
+    log_probs: tuple[float, ...]  # of the sampled tokens under the sampling distribution, nats; none: nobody sampled it
     finish_reason: str  # "stop": an end-of-sequence id was sampled; "length": cut
     version: int = 0  # optimizer steps that the weights had seen which sampled it
+
+    @property
+    def sampled(self) -> bool:
+        """False of a reference."""
+        return len(self.log_probs) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class Sample:
 
     prompts: Prompts
     completion: Completion
+    counts: bool = True  # False: a filter keeps it out of the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,8 @@ class MicroBatch:
     mask: Tensor  # bool [B, T], True where the loss counts
     mine: Tensor  # bool [B, T], True where this rank computes it; `mask` without context parallel
     token_ids: Tensor  # int64 [n], the kept completion tokens that are `mine`
-    engine_log_probs: Tensor  # fp32 [n], nats, of the rollout engine
+    engine_log_probs: Tensor  # fp32 [n], nats, of the rollout engine; 0 where it did not sample the token
+    sampled: Tensor  # bool [n], whether it did
     view: View
 
 

@@ -7,19 +7,16 @@ of what was asked for; `validation.validate` sees contradictions before any proc
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unisd_megatron.accelerator import Accelerator as Accelerator
+from unisd_megatron.caches import Caches
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.modes import MODES
-
-
-def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text; `unit`, `short` and `advanced` may be given as metadata."""
-    return field(default=default, metadata={"help": help, **extra})
+from unisd_megatron.modes import MODES, Mode
+from unisd_megatron.setting import setting
+from unisd_megatron.setting import setting_type as setting_type
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,10 @@ class Layout:
     expert_model_parallel_size: int = setting(
         1, "ranks, of those with the same weights, that the experts of a mixture are dealt out over", short="--ep"
     )
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "the embedding takes the place of a layer on the first stage"
+    )
+    account_for_loss_in_pipeline_split: bool = setting(False, "head and loss count as a layer of the last stage")
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
     packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
@@ -63,6 +64,12 @@ class Layout:
             raise ConfigError(
                 "--virtual-pipeline-model-parallel-size cuts pipeline stages; it needs --pipeline-model-parallel-size 2 or more"
             )
+        if self.pipeline_ends and stages < 2:
+            ends = "embedding" if self.account_for_embedding_in_pipeline_split else "loss"
+            raise ConfigError(
+                f"--account-for-{ends}-in-pipeline-split deals layers out to stages; it needs --pipeline-model-parallel-size 2 "
+                "or more"
+            )
         if chunks is not None and count % stages:
             raise ConfigError(
                 f"the interleaved schedule takes a multiple of {stages} micro-batches (its pipeline stages), not {count} per "
@@ -85,6 +92,11 @@ class Layout:
     def virtual_stages(self) -> int:
         """Parts the layers are cut into: pipeline stages, times chunks on each."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
+    def pipeline_ends(self) -> int:
+        """Places of layers that the embedding and the loss take."""
+        return self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas in a world of `world_size` ranks; `ConfigError` if the layout does not fill it evenly."""
@@ -137,37 +149,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Caches:
-    """What is computed once, before training, by `unisd prepare`; whatever of this shaped a cache is part of its name."""
-
-    cache_dir: str = setting("cache", "folder of prepared negatives, instructions and embeddings")
-    cache_seed: int = setting(42, "seed of what a model writes into a cache")
-    cache_temperature: float = setting(0.7, "sampling temperature of what a model writes into a cache")
-    cache_engine: Literal["transformers", "vllm"] = setting("transformers", "engine that writes into a cache")
-    negatives_per_example: int = setting(4, "wrong solutions asked for, for each example")
-    negative_tries: int = setting(3, "times that each is drawn, at most, until one is usable and fails the answer check")
-    negative_max_length: int = setting(1024, "tokens of a generated wrong solution")
-    num_demos: int = setting(5, "solved examples that an instruction is induced from")
-    induction_max_length: int = setting(256, "tokens of an induced instruction")
-    retrieval_model: str = setting("sentence-transformers/all-MiniLM-L6-v2", "embeds questions; a folder or hub id")
-
-
-NEGATIVE_CACHE = frozenset({"negatives_per_example", "negative_tries", "negative_max_length"})
-INDUCTION_CACHE = frozenset({"num_demos", "induction_max_length"})
-EMBEDDING_CACHE = frozenset({"retrieval_model"})
-WRITTEN_CACHE = frozenset({"cache_seed", "cache_temperature", "cache_engine"})
-"""Settings of one kind of cache; the last are of what a model writes: negatives and instructions."""
-
-CacheKind = Literal["negatives", "induction", "embeddings"]
-CACHE_SETTINGS: Mapping[CacheKind, frozenset[str]] = {
-    "negatives": NEGATIVE_CACHE | WRITTEN_CACHE,
-    "induction": INDUCTION_CACHE | WRITTEN_CACHE,
-    "embeddings": EMBEDDING_CACHE,
-}
-"""Settings that shape each kind of cache."""
-
-
-@dataclass(frozen=True)
 class Rollout:
     """How the student's completions are sampled."""
 
@@ -181,6 +162,13 @@ class Rollout:
     min_p: float = setting(0.0, "drop tokens less likely than this part of the likeliest; 0: none")
     repetition_penalty: float = setting(1.0, "logits of tokens that occurred are divided (negative ones multiplied) by it")
     max_completion_length: int = setting(1024, "tokens; a completion is cut there")
+    on_policy_share: float | None = setting(
+        None, "share of the completions that the student samples, the others are references"
+    )
+    sample_filter: Literal["stubs", "correct", "none"] | None = setting(
+        None, "samples to train on: all but empty ones and programs of one line, those that are right, or all"
+    )
+    num_loss_tokens_to_skip: int = setting(0, "first tokens of each completion that are left out of the loss")
     mask_truncated_completions: bool = setting(False, "leave completions that were cut out of the loss")
     max_logp_gap: float | None = setting(
         None,
@@ -219,6 +207,7 @@ class Objective:
         0.0, "0: KL(teacher||student), 1: KL(student||teacher), between: JSD with weight alpha on the teacher"
     )
     token_clip: float | None = setting(None, "ceiling of a token's divergence, nats")
+    entry_clip: float | None = setting(None, "most that one entry of the vocabulary adds to a token's divergence, nats")
     token_clip_quantile: float | None = setting(None, "ceiling as a quantile of the previous step's divergences")
     gamma_agreement: float | None = setting(None, "strength of the agreement weights")
     agreement_stat: Literal["var", "range"] = setting("var", "disagreement of the K views: variance or range")
@@ -276,7 +265,11 @@ class Schedule:
     eval_steps: int = setting(0, "optimizer steps between held-out evaluations; 0: none")
     eval_examples: int = setting(300, "held-out questions per evaluation")
     eval_data_path: str | None = setting(None, "file with the held-out questions; default: the task's test split")
-    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder of this run, or `latest`")
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "a checkpoint folder of this run, `latest`, or `auto`: the latest, else the start; nothing if the run is finished",
+    )
+    exit_duration_in_mins: float | None = setting(None, "minutes since the start; then stop after the step, with a checkpoint")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
     tensorboard_dir: str | None = setting(None, "folder of TensorBoard's files; default: `tensorboard` in the run's folder")
@@ -290,6 +283,7 @@ class Run:
     mode: str
     model_name: str
     layout: Layout
+    accelerator: Accelerator
     data: Data
     caches: Caches
     rollout: Rollout
@@ -299,6 +293,11 @@ class Run:
     optimization: Optimization
     schedule: Schedule
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def method(self) -> Mode:
+        """What the mode switches on."""
+        return MODES[self.mode]
 
     @property
     def agreement(self) -> Literal["token", "sequence"] | None:
@@ -329,6 +328,7 @@ class Run:
 
 GROUPS: dict[str, type] = {
     "layout": Layout,
+    "accelerator": Accelerator,
     "data": Data,
     "caches": Caches,
     "rollout": Rollout,
@@ -349,6 +349,7 @@ RESUME_MAY_CHANGE = frozenset(
     | {
         "resume_from_checkpoint",
         "distributed_timeout_minutes",
+        "exit_duration_in_mins",
         "export_hf",
         "save_rollouts",
         "tensorboard_dir",
@@ -356,12 +357,10 @@ RESUME_MAY_CHANGE = frozenset(
         "max_logp_gap",
         "rollout",
         "replay_path",
-        "data_path",
-        "cache_dir",
-        "loss_path",
-        "teacher_memory",
     }
+    | {"data_path", "cache_dir", "loss_path", "teacher_memory"}
     | {f.name for f in dataclasses.fields(Vllm)}
+    | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
@@ -376,14 +375,3 @@ def all_settings() -> Iterator[tuple[str, dataclasses.Field]]:
     for group, cls in GROUPS.items():
         for item in dataclasses.fields(cls):
             yield group, item
-
-
-def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bool]:
-    """`(python type, choices or None, whether None is allowed)` of a field."""
-    hint = typing.get_type_hints(cls)[name]
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    optional = type(None) in arms
-    (arm,) = [a for a in arms if a is not type(None)]
-    if typing.get_origin(arm) is Literal:
-        return str, typing.get_args(arm), optional
-    return arm, None, optional

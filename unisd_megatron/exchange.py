@@ -37,3 +37,12 @@ def broadcast_json(value: Any, source: int, axis: Axis) -> Any:
         payload = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(payload, src=root, group=axis.group)
     return json.loads(bytes(payload.tolist()))
+
+
+def largest(value: int, axis: Axis) -> int:
+    """The largest value of any rank of the axis, on every rank. Collective over the axis (gloo)."""
+    if axis.group is None:
+        return value
+    told = torch.tensor([value])
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=axis.group)
+    return int(told)

@@ -11,14 +11,11 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+from unisd_megatron.caches import EMBEDDING_CACHE, INDUCTION_CACHE, NEGATIVE_CACHE, WRITTEN_CACHE
 from unisd_megatron.config import (
-    EMBEDDING_CACHE,
     GROUPS,
-    INDUCTION_CACHE,
-    NEGATIVE_CACHE,
     VLLM_COLOCATE,
     VLLM_SERVER,
-    WRITTEN_CACHE,
     Run,
     Vllm,
     all_settings,
@@ -26,6 +23,7 @@ from unisd_megatron.config import (
 )
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
+from unisd_megatron.validation import needs_engine, samples
 
 
 def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name: str = "--config") -> Run:
@@ -47,6 +45,8 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
     row = dict(MODES[mode].defaults)
     if given.get("token_clip_quantile") is not None:
         row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
+    if given.get("rollout") == "replay":
+        row.pop("importance_sampling_cap", None)  # recorded log-probs are of other weights than those that train
     values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     origins = {
         name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")
@@ -111,6 +111,24 @@ def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
     ]
 
 
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
+
+
+def _idle_by_method(run: Run) -> list[tuple[bool, Set[str], str]]:
+    """The same of what a mode trains on, and of what only a divergence or a teacher has."""
+    method = run.method
+    divergence = {"alpha", "entry_clip", "token_clip", "token_clip_quantile"}
+    return [
+        (run.divergence_weight == 0, divergence, "modes that have a divergence"),
+        (method.likelihood, {"teacher", "teacher_memory", "contrastive_weight"}, "modes that have a teacher"),
+        (method.likelihood, {"importance_sampling_cap", "max_rollout_lag"}, "modes that train on the student's samples"),
+        (method.completions != "mixed", {"on_policy_share"}, "mode gkd"),
+        (method.completions != "starting", {"sample_filter"}, "mode ssd"),
+        (not samples(run), _SAMPLING | {"rollout", "importance_sampling_cap"}, "modes that train on samples"),
+        (not needs_engine(run), {"use_vllm", "max_logp_gap"}, "modes that train on samples, or --eval_steps"),
+    ]
+
+
 def _refuse_idle_flags(run: Run) -> None:
     """A setting that would be ignored is an error (the released code ignores it silently)."""
     asked = {name for name, origin in run.origins.items() if origin in ("flag", "file")}
@@ -125,6 +143,8 @@ def _refuse_idle_flags(run: Run) -> None:
         (not MODES[run.mode].matching, {"final_layer_distill_weight"}, "modes match_joint, match_repr and unisd_star"),
         (teacher != "ema", {"ref_model_sync_steps", "ref_model_mixup_beta"}, "modes ema and unisd_star, or --teacher ema"),
         (teacher == "live", {"teacher_memory"}, "--teacher frozen or ema"),
+        (not run.accelerator.fp8, {"fp8_recipe"}, "--fp8-format or --teacher-fp8"),
+        (run.accelerator.fp8_format is None, {"fp8_param_gather"}, "--fp8-format"),
         (run.rollout.rollout != "replay", {"replay_path"}, "--rollout replay"),
         (not run.vllm.use_vllm, {f.name for f in dataclasses.fields(Vllm)} - {"use_vllm"}, "--use_vllm"),
         (run.vllm.vllm_mode == "server", VLLM_COLOCATE, "--vllm_mode colocate"),
@@ -132,7 +152,7 @@ def _refuse_idle_flags(run: Run) -> None:
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method", "auxiliary_gold"}, "--num-auxiliary-contexts"),
         *_idle_caches(run),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
-        (run.divergence_weight == 0, {"alpha", "token_clip", "token_clip_quantile"}, "modes that have a divergence"),
+        *_idle_by_method(run),
         (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),
     ]
     flat = run.flat()

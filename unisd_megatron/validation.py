@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 
-from unisd_megatron.config import INDUCTION_CACHE, NEGATIVE_CACHE, Caches, Run
+from unisd_megatron.caches import INDUCTION_CACHE, NEGATIVE_CACHE, Caches
+from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
-from unisd_megatron.modes import MODES
+from unisd_megatron.modes import BASELINES, MODES
 
 
 def validate(run: Run, world_size: int) -> None:
     """Raises `ConfigError` for anything about the settings that is known to be wrong in a world of `world_size` processes."""
     run.layout.validate(world_size)
+    _validate_accelerator(run, world_size)
     _validate_objective(run)
     _validate_needs(run)
     _validate_rollout(run, world_size)
@@ -19,8 +21,109 @@ def validate(run: Run, world_size: int) -> None:
     validate_caches(run.caches)
 
 
+def _validate_accelerator(run: Run, world_size: int) -> None:
+    """What contradicts itself on any machine; what a machine lacks is found by `mcore.platform.decide`."""
+    asked, layout, local = run.accelerator, run.layout, run.accelerator.transformer_impl == "local"
+    replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
+    teacher = asked.teacher_fp8
+    checks = [
+        (not asked.fp8 or layout.bf16, "--fp8-format and --teacher-fp8 cast from bf16; add --bf16"),
+        (not (asked.fp8 and local), "FP8 is Transformer Engine's; drop --transformer-impl local"),
+        (
+            not asked.fp8_param_gather or layout.use_distributed_optimizer,
+            "--fp8-param-gather keeps the exact weights in the distributed optimizer alone; add --use-distributed-optimizer",
+        ),
+        (
+            not asked.fp8_param_gather or run.teacher.teacher_memory == "beside" or run.teacher.teacher == "live",
+            f"--teacher_memory {run.teacher.teacher_memory} lends the student's weights, and FP8 weights could not be put back "
+            "to the bit; use --teacher_memory beside, or drop --fp8-param-gather",
+        ),
+        (
+            not asked.fp8_param_gather or run.method.completions != "starting",
+            f"--mode {run.mode} lends starting weights to the student, and FP8 weights could not be put back to the bit; "
+            "drop --fp8-param-gather",
+        ),
+        (not teacher or not run.method.likelihood, f"--teacher-fp8: --mode {run.mode} has no teacher; drop it"),
+        (
+            not teacher or run.teacher.teacher != "live",
+            "--teacher-fp8 with --teacher live: the teacher is the student; use --fp8-format for both",
+        ),
+        (
+            not teacher or asked.fp8_recipe != "delayed",
+            "--teacher-fp8 with --fp8-recipe delayed: past maxima are those of a training pass; use tensorwise or blockwise",
+        ),
+        (
+            asked.transformer_impl != "transformer_engine" or layout.bf16,
+            "--transformer-impl transformer_engine has no attention for packed rows in fp32; add --bf16",
+        ),
+        (asked.attention_backend != "flash" or layout.bf16, "--attention-backend flash computes in bf16; add --bf16"),
+        (
+            asked.attention_backend != "fused" or not local,
+            "--attention-backend fused is Transformer Engine's; drop --transformer-impl local, or use flash or unfused",
+        ),
+        (
+            asked.attention_backend != "fused" or layout.bf16,
+            "--attention-backend fused is Transformer Engine's, which computes in bf16 here; add --bf16",
+        ),
+        (
+            not asked.overlap_grad_reduce or replicas > 1,
+            "--overlap-grad-reduce: with one data-parallel rank nothing is reduced; drop it",
+        ),
+        (
+            not asked.overlap_param_gather or layout.use_distributed_optimizer,
+            "--overlap-param-gather gathers what the distributed optimizer cuts up; add --use-distributed-optimizer",
+        ),
+        (
+            not (asked.overlap_param_gather and asked.overlap_grad_reduce is False),
+            "--overlap-param-gather needs --overlap-grad-reduce, as in Megatron; drop --no-overlap-grad-reduce",
+        ),
+        (
+            not asked.overlap_param_gather or replicas > 1,
+            "--overlap-param-gather: with one data-parallel rank nothing is gathered; drop it",
+        ),
+        *_overlap_checks(run),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise ConfigError(message)
+
+
+def _overlap_checks(run: Run) -> list[tuple[bool, str]]:
+    """Of tensor-parallel communication under matrix products."""
+    asked, layout = run.accelerator, run.layout
+    on = asked.tp_comm_overlap
+    return [
+        (
+            not on or layout.tensor_model_parallel_size > 1,
+            "--tp-comm-overlap hides communication of tensor-parallel ranks; it needs --tensor-model-parallel-size 2 or more",
+        ),
+        (not on or layout.sequence_parallel, "--tp-comm-overlap overlaps gathering and scattering; add --sequence-parallel"),
+        (not on or layout.bf16, "--tp-comm-overlap is Transformer Engine's, which computes in bf16 here; add --bf16"),
+        (
+            not on or asked.transformer_impl != "local",
+            "--tp-comm-overlap is Transformer Engine's; drop --transformer-impl local",
+        ),
+        (
+            not (on and asked.fp8 and asked.fp8_recipe == "blockwise"),
+            "--tp-comm-overlap has no buffers for --fp8-recipe blockwise; use tensorwise, or drop one",
+        ),
+    ]
+
+
+def samples(run: Run) -> bool:
+    """Whether an engine samples what is trained on."""
+    return run.method.completions != "reference" and run.rollout.on_policy_share != 0
+
+
+def needs_engine(run: Run) -> bool:
+    """Whether anything is generated: to train on, or to evaluate."""
+    return samples(run) or run.schedule.eval_steps > 0
+
+
 def _validate_objective(run: Run) -> None:
     objective = run.objective
+    if objective.semantics == "released" and run.mode in BASELINES:
+        raise ConfigError(f"--semantics released is what UniSD's authors' code does, without --mode {run.mode}; leave it out")
     if objective.semantics == "released" and run.layout.context_parallel_size > 1:
         raise ConfigError("--semantics released normalises on each rank by itself, which --context-parallel-size would change")
     if not 0.0 <= objective.alpha <= 1.0:
@@ -29,6 +132,8 @@ def _validate_objective(run: Run) -> None:
         raise ConfigError("--token_clip and --token_clip_quantile exclude each other; give one")
     if objective.token_clip is not None and objective.token_clip <= 0:
         raise ConfigError(f"--token_clip is {objective.token_clip}; a ceiling must be positive")
+    if objective.entry_clip is not None and objective.entry_clip <= 0:
+        raise ConfigError(f"--entry_clip is {objective.entry_clip}; a ceiling must be positive")
     if objective.token_clip_quantile is not None and not 0.0 < objective.token_clip_quantile < 1.0:
         raise ConfigError(f"--token_clip_quantile is {objective.token_clip_quantile}; it lies between 0 and 1")
     if (objective.gamma_agreement or 0.0) < 0:
@@ -75,6 +180,15 @@ def _validate_rollout(run: Run, world_size: int) -> None:
             raise ConfigError("--eval_steps generates answers and --rollout replay cannot; drop one")
         if rollout.importance_sampling_cap is not None:
             raise ConfigError("--importance_sampling_cap needs log-probs of the weights that sampled; drop --rollout replay")
+    share = rollout.on_policy_share
+    if run.method.completions == "mixed" and (share is None or not 0.0 <= share <= 1.0):
+        raise ConfigError(f"--on_policy_share is {share}; it lies between 0 and 1")
+    if run.method.completions == "starting" and rollout.sample_filter is None:
+        raise ConfigError(f"--mode {run.mode} needs --sample_filter stubs, correct or none")
+    if run.method.completions == "mixed" and rollout.max_rollout_lag:
+        raise ConfigError(
+            f"--max_rollout_lag asks ahead for whole batches, of which --mode {run.mode} samples a part; leave it out"
+        )
     if not vllm.use_vllm:
         return
     if run.origins.get("rollout") == "flag":
@@ -151,6 +265,7 @@ def _validate_ranges(run: Run) -> None:
         (run.vllm.vllm_kv_cache_gib > 0, "--vllm_kv_cache_gib must be positive"),
         (run.vllm.vllm_server_timeout > 0, "--vllm_server_timeout must be positive"),
         (run.rollout.max_completion_length >= 1, "--max_completion_length must be at least 1"),
+        (run.rollout.num_loss_tokens_to_skip >= 0, "--num_loss_tokens_to_skip must not be negative"),
         (run.data.max_prompt_length >= 1, "--max_prompt_length must be at least 1"),
         (run.data.num_auxiliary_contexts >= 0, "--num-auxiliary-contexts must not be negative"),
         (run.data.demo_k >= 1, "--demo_k must be at least 1"),
@@ -170,6 +285,10 @@ def _validate_ranges(run: Run) -> None:
             "step counts must not be negative",
         ),
         (run.schedule.distributed_timeout_minutes > 0, "--distributed-timeout-minutes must be positive"),
+        (
+            run.schedule.exit_duration_in_mins is None or run.schedule.exit_duration_in_mins > 0,
+            "--exit-duration-in-mins must be positive",
+        ),
         (run.schedule.eval_examples >= 1, "--eval_examples must be at least 1"),
     ]
     for holds, message in checks:

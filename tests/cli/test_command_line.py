@@ -14,7 +14,7 @@ from unisd_megatron.cli.parser import given_settings, parse
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.modes import MODES
 from unisd_megatron.resolve import resolve
-from unisd_megatron.train.build import write_run_file
+from unisd_megatron.train.folder import write_run_file
 from unisd_megatron.train.metrics import read_metrics
 from unisd_megatron.weights.tiny import write_tiny
 
@@ -64,8 +64,8 @@ def test_run_json_repeats_the_run(earlier: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_run_json_of_every_mode_is_accepted_again(tmp_path: Path, mode: str) -> None:
     contexts = {"num_auxiliary_contexts": 2} if MODES[mode].agreement else {}
-    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "temperature": 0.9, **contexts}, {})
-    write_run_file(run, tmp_path, {})
+    run = resolve({"mode": mode, "model_name": "m", "output_dir": "o", "learning_rate": 1e-3, **contexts}, {})
+    write_run_file(run, {}, tmp_path, {})
     again = resolve(*given_settings(parse(["train", "--config", str(tmp_path / "run.json"), "--output-dir", "o"])))
     assert again == run
 

@@ -13,7 +13,7 @@ from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
 from unisd_megatron.resolve import resolve
-from unisd_megatron.train.build import write_run_file
+from unisd_megatron.train.folder import write_run_file
 from unisd_megatron.validation import validate
 
 NEEDS = ["--dataset", "addition", "--model_name", "model", "--output_dir", "new"]
@@ -41,7 +41,7 @@ RUNNABLE = [mode for mode in MODES if not mode.endswith(("_retrieval", "_inducti
 @pytest.mark.parametrize("before", RUNNABLE)
 def test_a_run_file_repeats_its_run_and_lends_nothing_to_another_mode(tmp_path: Path, before: str) -> None:
     first = resolved(*NEEDS, "--mode", before, *context_flags(before), "--learning_rate", "1e-3")
-    write_run_file(first, tmp_path, {})
+    write_run_file(first, {}, tmp_path, {})
     file = str(tmp_path / "run.json")
     assert effective(resolved("--config", file, "--output_dir", "new")) == effective(first)
     assert json.loads(Path(file).read_text())["origins"]["learning_rate"] == "flag"

@@ -19,42 +19,10 @@ from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import FAMILIES, family_of
 from unisd_megatron.families.published import published
 from unisd_megatron.mcore.rope import rotary_embedding
+from unisd_megatron.plan import PUBLISHED, config_of
 from unisd_megatron.weights import internlm3
 from unisd_megatron.weights.hf import HfFolder
 from unisd_megatron.weights.tiny import byte_tokenizer
-
-CONFIGS = Path(__file__).parent / "configs"
-
-# Parameters of the safetensors on the hub, a tied head counted once; gemma-3 from 4B on with its image encoder.
-PUBLISHED = {
-    "Qwen2.5-0.5B-Instruct": 494_032_768,
-    "Qwen2.5-1.5B-Instruct": 1_543_714_304,
-    "Qwen2.5-3B-Instruct": 3_085_938_688,
-    "Qwen2.5-7B-Instruct": 7_615_616_512,
-    "Qwen2.5-14B-Instruct": 14_770_033_664,
-    "Qwen2.5-32B-Instruct": 32_763_876_352,
-    "Qwen2.5-72B-Instruct": 72_706_203_648,
-    "Llama-3.1-8B-Instruct": 8_030_261_248,
-    "Llama-3.1-70B-Instruct": 70_553_706_496,
-    "Llama-3.1-405B-Instruct": 405_853_388_800,
-    "gemma-3-1b-it": 999_885_952,
-    "gemma-3-4b-it": 4_300_079_472,
-    "gemma-3-12b-it": 12_187_325_040,
-    "gemma-3-27b-it": 27_432_406_640,
-    "internlm3-8b-instruct": 8_804_241_408,
-    "Qwen3-0.6B": 596_049_920,
-    "Qwen3-1.7B": 1_720_574_976,
-    "Qwen3-4B": 4_022_468_096,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-14B": 14_768_307_200,
-    "Qwen3-32B": 32_762_123_264,
-    "Qwen3-30B-A3B": 30_532_122_624,
-    "Qwen3-235B-A22B": 235_093_634_560,
-}
-
-
-def config_of(name: str) -> dict[str, Any]:
-    return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
 def on_meta(config: dict[str, Any]) -> PreTrainedModel:

@@ -78,7 +78,8 @@ def assemble(results: list[tuple[dict[str, Tensor], Tensor, Tensor]], real: int,
     return Answer(results[0][0], {"hidden": hidden, "head": head[:real]})
 
 
-def expected(case: Case, alpha: float, temperature: float = 1.0) -> Answer:
+def expected(case: Case, alpha: float, temperature: float = 1.0, entry_clip: float | None = None) -> Answer:
     inputs = (case[k] for k in ("hidden", "head", "teacher_hidden", "teacher_head", "ids"))
     upstream = {k: case[k] for k in oracle.UPSTREAM}
-    return oracle.from_hidden(*inputs, upstream, alpha=alpha, temperature=temperature, vocab_size=None)
+    setting = {"alpha": alpha, "temperature": temperature, "entry_clip": entry_clip}
+    return oracle.from_hidden(*inputs, upstream, vocab_size=None, **setting)

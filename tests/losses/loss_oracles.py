@@ -19,20 +19,27 @@ def log_softmax(logits: Tensor, temperature: float, vocab_size: int | None) -> T
     return torch.log_softmax(logits.double()[..., :vocab_size] / temperature, -1)
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum p log(p/q) with 0 log 0 = 0."""
+def kl(log_p: Tensor, log_q: Tensor, entry_clip: float | None = None) -> Tensor:
+    """sum p log(p/q) with 0 log 0 = 0; each summand at most entry_clip."""
     p = log_p.exp()
-    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1)
+    return _clipped(torch.where(p == 0, 0, p * (log_p - log_q)), entry_clip).sum(-1)
 
 
-def divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """From log-probabilities [..., V]."""
+def _clipped(entries: Tensor, entry_clip: float | None) -> Tensor:
+    return entries if entry_clip is None else entries.clamp(max=entry_clip)
+
+
+def divergence(student: Tensor, teacher: Tensor, alpha: float, entry_clip: float | None = None) -> Tensor:
+    """From log-probabilities [..., V]; each entry of the vocabulary contributes at most entry_clip."""
     if alpha == 0:
-        return kl(teacher, student)
+        return kl(teacher, student, entry_clip)
     if alpha == 1:
-        return kl(student, teacher)
+        return kl(student, teacher, entry_clip)
     mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
-    return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
+    if entry_clip is None:
+        return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
+    entries = alpha * teacher.exp() * (teacher - mixture) + (1 - alpha) * student.exp() * (student - mixture)
+    return _clipped(entries, entry_clip).sum(-1)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -57,10 +64,11 @@ def from_logits(
     alpha: float,
     temperature: float,
     vocab_size: int | None,
+    entry_clip: float | None = None,
 ) -> Answer:
     """Everything the losses promise, and its gradient with respect to the student's logits."""
     leaf = student_logits.detach().double().requires_grad_()
-    values = _values(leaf, teacher_logits, token_ids, alpha, temperature, vocab_size)
+    values = _values(leaf, teacher_logits, token_ids, alpha, temperature, vocab_size, entry_clip)
     (gradient,) = torch.autograd.grad(sum((values[k] * u.double()).sum() for k, u in upstream.items()), leaf)
     return Answer({k: v.detach() for k, v in values.items()}, {"logits": gradient})
 
@@ -76,21 +84,28 @@ def from_hidden(
     alpha: float,
     temperature: float,
     vocab_size: int | None,
+    entry_clip: float | None = None,
 ) -> Answer:
     """The same from hidden states and full heads; gradients with respect to the student's hidden states and head."""
     leaves = [x.detach().double().requires_grad_() for x in (hidden, head)]
     logits, teacher_logits = leaves[0] @ leaves[1].t(), teacher_hidden.double() @ teacher_head.double().t()
-    values = _values(logits, teacher_logits, token_ids, alpha, temperature, vocab_size)
+    values = _values(logits, teacher_logits, token_ids, alpha, temperature, vocab_size, entry_clip)
     gradients = torch.autograd.grad(sum((values[k] * u.double()).sum() for k, u in upstream.items()), leaves)
     return Answer({k: v.detach() for k, v in values.items()}, dict(zip(("hidden", "head"), gradients, strict=True)))
 
 
 def _values(
-    logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, alpha: float, temperature: float, vocab_size: int | None
+    logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    alpha: float,
+    temperature: float,
+    vocab_size: int | None,
+    entry_clip: float | None,
 ) -> dict[str, Tensor]:
     student, teacher = (log_softmax(x, temperature, vocab_size) for x in (logits, teacher_logits))
     return {
-        "divergence": divergence(student, teacher, alpha),
+        "divergence": divergence(student, teacher, alpha, entry_clip),
         "student_log_probs": student.gather(-1, token_ids[..., None])[..., 0],
         "teacher_log_probs": teacher.gather(-1, token_ids[..., None])[..., 0],
         "entropy": entropy(student),

@@ -40,7 +40,7 @@ def sharded(
     student, teacher = (oracle.cut(case[k], rank, size, width, padding) for k in ("student", "teacher"))
     student.requires_grad_()
     teacher.requires_grad_()
-    shared = {k: v for k, v in setting.items() if k != "alpha"} | {"group": group}
+    shared = {k: v for k, v in setting.items() if k not in ("alpha", "entry_clip")} | {"group": group}
     values = {
         "divergence": token_divergence(student, teacher, **setting, group=group),
         "student_log_probs": token_log_probs(student, case["ids"], **shared),

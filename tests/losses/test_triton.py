@@ -76,14 +76,16 @@ from triton.compiler import ASTSource
 from unisd_megatron.losses import triton_passes as passes
 POINTERS = {"logits", "out", "student_logits", "teacher_logits", "norms", "per_token", "column"}
 for dtype in ("bf16", "fp32"):
-    for kernel, kinds in ((passes._softmax, [{}]), (passes._sums, [{"KIND": k} for k in (1, 2, 3)]), (
-        passes._to_gradient, [{"KIND": k, "OF_LOG_PROBS": True, "OF_ENTROPY": True} for k in range(4)])):
+    for kernel, kinds in ((passes._softmax, [{}]), (
+        passes._sums, [{"KIND": k, "CLIP": c} for k in (1, 2, 3) for c in (True, False)]), (
+        passes._to_gradient,
+        [{"KIND": k, "CLIP": c and k > 0, "OF_LOG_PROBS": True, "OF_ENTROPY": True} for k in range(4) for c in (True, False)])):
         for kind in kinds:
             constants = kind | {"BLOCK": passes.BLOCK}
             signature = {}
             for name in kernel.arg_names:
                 pointer = "*" + (dtype if "logits" in name else "i32" if name == "column" else "fp32")
-                number = "fp32" if name in ("alpha", "temperature") else "i32"
+                number = "fp32" if name in ("alpha", "temperature", "ceiling") else "i32"
                 signature[name] = "constexpr" if name in constants else pointer if name in POINTERS else number
             source = ASTSource(kernel, signature, constexprs=constants)
             triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": passes.WARPS})

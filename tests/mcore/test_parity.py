@@ -16,7 +16,7 @@ from torch import Tensor
 from unisd_megatron.config import Layout
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import schedule, start
-from unisd_megatron.parity.layout import TOLERANCE, Rig, cases, compare, gradient_error, total_norm
+from unisd_megatron.parity.layout import BF16_GRADIENT_TOLERANCE, TOLERANCE, Rig, cases, compare, gradient_error, total_norm
 from world import World
 
 LAYOUTS = {
@@ -56,6 +56,11 @@ def test_every_mode_equals_one_process(world: World, name: str) -> None:
     results = world.run(4, on_rig, LAYOUTS[name], all_cases, timeout_s=240)[0]
     assert len(results) >= 20
     assert [case for case in results if not case.holds] == []
+
+
+def test_bf16_stays_within_what_rounding_costs(world: World) -> None:
+    results = world.run(2, on_rig, Layout(2, sequence_parallel=True, bf16=True, global_batch_size=8), all_cases)[0]
+    assert len(results) >= 20 and [case for case in results if not case.holds] == []
 
 
 def importance(rig: Rig) -> tuple[float, float, float]:
@@ -188,3 +193,10 @@ def test_the_check_catches(world: World, sabotage: Callable[..., None], layout: 
     assert honest <= TOLERANCE
     assert gradient > 100 * TOLERANCE
     assert (loss_error <= TOLERANCE) == loss_stays_exact
+
+
+@pytest.mark.parametrize(("sabotage", "parallel"), [(missing_all_reduce, False), (doubled_reduction, True)])
+def test_the_check_catches_in_bf16(world: World, sabotage: Callable[..., None], parallel: bool) -> None:
+    layout = Layout(2, 1, sequence_parallel=parallel, bf16=True, global_batch_size=8)
+    honest, _, gradient = world.run(2, on_rig, layout, sabotaged, sabotage, timeout_s=120)[0]
+    assert honest <= BF16_GRADIENT_TOLERANCE and gradient > 3 * BF16_GRADIENT_TOLERANCE

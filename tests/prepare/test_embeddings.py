@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from unisd_megatron.caches import Caches
 from unisd_megatron.cli import main
-from unisd_megatron.config import Caches, Data
+from unisd_megatron.config import Data
 from unisd_megatron.data import build_examples
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.prepare import embeddings

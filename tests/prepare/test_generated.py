@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from unisd_megatron.caches import Caches
 from unisd_megatron.cli import main
-from unisd_megatron.config import Caches, Data
+from unisd_megatron.config import Data
 from unisd_megatron.data import TASKS, Record
 from unisd_megatron.grid import Axis, Grid
 from unisd_megatron.prepare import negatives

@@ -18,6 +18,8 @@ OF_MODE: dict[str, dict[str, Any]] = {
     "ema": {"ref_model_sync_steps": 2},
     "clip": {"token_clip": 1.0},
     "unisd_star": STAR,
+    "sft": {"max_completion_length": 40},  # references are longer than what the other modes sample here
+    "gkd": {"max_completion_length": 40},
 }
 RUNNABLE = [mode for mode in MODES if not mode.endswith(("_retrieval", "_induction"))]  # the same losses on other contexts
 

@@ -20,7 +20,8 @@ RUNNABLE = [mode for mode in MODES if not mode.endswith(("_retrieval", "_inducti
 def flags_of(mode: str) -> dict[str, Any]:
     if mode == "unisd_star":
         return STAR
-    return {"mode": mode, **(RANDOM_CONTEXTS if mode.startswith("agreement") else {})}
+    references = {"max_completion_length": 40} if MODES[mode].completions in ("reference", "mixed") else {}
+    return {"mode": mode, **(RANDOM_CONTEXTS if mode.startswith("agreement") else {}), **references}
 
 
 @pytest.mark.parametrize("mode", RUNNABLE)

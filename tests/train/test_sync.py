@@ -5,6 +5,7 @@ test_vllm_servers_training.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,8 @@ class Engine:
 def sync_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Sync:
     sync = Sync.__new__(Sync)
     sync._engine, sync._weights, sync._proven, sync._step = engine, SimpleNamespace(label=""), set(), None  # type: ignore
-    sync._learner = SimpleNamespace(grid=SimpleNamespace(world=Axis()))  # type: ignore[assignment]
+    student = SimpleNamespace(in_full=nullcontext)
+    sync._learner = SimpleNamespace(grid=SimpleNamespace(world=Axis()), student=student)  # type: ignore[assignment]
     monkeypatch.setattr(sync, "_probe", lambda step: None)
     monkeypatch.setattr(sync, "_compare", lambda step: None)
     return sync

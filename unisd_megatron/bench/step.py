@@ -146,6 +146,7 @@ def run(case: Case, dataset: str, data_path: str | None) -> Found:
 def _view_by_view(learner: Learner, work: Work) -> None:
     each = len(work.batches)
     for begin in range(0, len(work.readings), each):
+        assert learner.teacher is not None
         learner.teacher.score([reading.view for reading in work.readings[begin : begin + each]], lambda _, rows: rows)
         dist.barrier()  # what a view says is wanted before the next begins
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unisd_megatron.cli.dry_run import ONLY_HERE, dry_run
 from unisd_megatron.config import Layout
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.resolve import resolve
@@ -27,13 +28,21 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def train(stated: tuple[dict[str, Any], dict[str, Any], str]) -> int:
+def train(stated: tuple[dict[str, Any], dict[str, Any], str], request: argparse.Namespace) -> int:
     run = resolve(*stated)
+    if request.dry_run:
+        for line in dry_run(run, request):
+            say(line)
+        return 0
+    for name in ONLY_HERE:
+        if getattr(request, name) is not None:
+            raise ConfigError(f"--{name} describes the machines of a dry run; add --dry-run, or drop it")
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
     prepare_libraries()
     from unisd_megatron.train.loop import train as carry_out
 
-    carry_out(run)
+    if rest := carry_out(run):
+        say(rest)
     return 0
 
 
@@ -129,6 +138,8 @@ def parity_layout(request: argparse.Namespace) -> int:
         tensor_model_parallel_size=request.tensor_model_parallel_size,
         pipeline_model_parallel_size=request.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=request.virtual_pipeline_model_parallel_size,
+        account_for_embedding_in_pipeline_split=request.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=request.account_for_loss_in_pipeline_split,
         context_parallel_size=request.context_parallel_size,
         expert_model_parallel_size=request.expert_model_parallel_size,
         sequence_parallel=request.sequence_parallel,
@@ -136,13 +147,14 @@ def parity_layout(request: argparse.Namespace) -> int:
         micro_batch_size=request.micro_batch_size,
         global_batch_size=8,
         recompute_granularity=request.recompute_granularity,
+        bf16=request.bf16,
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
     prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
-    from unisd_megatron.parity.layout import TOLERANCE, Case, Rig, compare
+    from unisd_megatron.parity.layout import BF16_GRADIENT_TOLERANCE, BF16_TOLERANCE, TOLERANCE, Case, Rig, compare
 
     platform = platforms.choose()
     with start.world(platform, layout, seed=1) as grid:
@@ -157,7 +169,10 @@ def parity_layout(request: argparse.Namespace) -> int:
 
         results = compare(Rig(layout, platform, grid, request.family, request.loss_path), line)
     failed = [case.name for case in results if not case.holds]
-    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {TOLERANCE:g}; fp32 against one fp64 process)")
+    bound, dtype = f"{TOLERANCE:g}", "fp32"
+    if layout.bf16:
+        bound, dtype = f"{BF16_TOLERANCE:g}, of a gradient tensor {BF16_GRADIENT_TOLERANCE:g}", "bf16"
+    say(f"{len(results) - len(failed)} of {len(results)} hold (relative, {bound}; {dtype} against one fp64 process)")
     return 1 if failed else 0
 
 
@@ -260,6 +275,15 @@ def _bench_loss(request: argparse.Namespace) -> int:
     )
     say("\n" + report.write(costs, Path(request.output_dir), sizes.machine))
     return 0
+
+
+def selftest(request: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("selftest starts its processes itself; call it without torchrun")
+    _end_by_exception()
+    from unisd_megatron.selftest.suite import selftest as carry_out
+
+    return 0 if carry_out(Path(request.output_dir), request.only, request.quick, say) else 1
 
 
 def prepare_libraries() -> None:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unisd_megatron.cli import commands
+from unisd_megatron.cli import commands, planning
+from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
+from unisd_megatron.cli.experimenting import add_experiments
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
 from unisd_megatron.cli.reporting import add_report
+from unisd_megatron.cli.scaling import add_scale
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
@@ -23,6 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="unisd", description="UniSD self-distillation on Megatron-core.", allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND", parser_class=Parser)
     _add_train(subparsers)
+    _add_plan(subparsers)
     _add_tiny(subparsers)
     _add_convert(subparsers)
     _add_verify(subparsers)
@@ -30,14 +34,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_evaluate(subparsers)
     add_prepare(subparsers)
     add_report(subparsers)
+    add_experiments(subparsers, lambda one: _add_settings(one, but={"output_dir", "seed", "resume_from_checkpoint"}), _stated)
     _add_bench(subparsers)
+    _add_selftest(subparsers)
     return parser.parse_args(_subcommand_words(arguments))
 
 
 def _subcommand_words(arguments: Sequence[str]) -> list[str]:
     """Flags in one spelling; `parity FLAGS` is the layout check, `parity golden FILE` another subcommand of that name."""
     words = [_underscored(word) for word in arguments]
-    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["restart"], ["-h"], ["--help"]):
+    if words[:1] == ["parity"] and words[1:2] not in (["golden"], ["layout"], ["restart"], ["scale"], ["-h"], ["--help"]):
         words.insert(1, "layout")
     return words
 
@@ -50,7 +56,23 @@ def _underscored(word: str) -> str:
 
 
 def _add_train(subparsers: Any) -> None:
-    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request)), "One training run.")
+    parser = command(subparsers, "train", lambda request: commands.train(given_settings(request), request), "One training run.")
+    _add_dry_run(parser)
+    _add_settings(parser)
+
+
+def _add_plan(subparsers: Any) -> None:
+    parser = command(
+        subparsers,
+        "plan",
+        lambda request: planning.plan(request, given_settings(request)),
+        "Memory and time of a run on a cluster, by arithmetic: the layout that is stated, or the best. Takes train's flags.",
+    )
+    planning.add_flags(parser)
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser, but: frozenset[str] | set[str] = frozenset()) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings, such as an earlier run.json; flags win"
     )
@@ -58,7 +80,23 @@ def _add_train(subparsers: Any) -> None:
     flag(parser, "model_name", default=argparse.SUPPRESS, help="Hugging Face folder or hub id")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for group, item in all_settings():
-        _add_setting(groups[group], GROUPS[group], item)
+        if item.name not in but:
+            _add_setting(groups[group], GROUPS[group], item)
+
+
+def _stated(request: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a request and its --config, as one: a sweep writes them to files of its own."""
+    flags, file_values, _ = given_settings(request)
+    return file_values | flags
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("dry run")
+    flag(group, "dry_run", action="store_true", help="check settings, layout and memory, name the files needed, start nothing")
+    flag(group, "gpus", type=int, metavar="N", help="GPUs to train on (1)")
+    flag(group, "gpus_per_node", type=int, metavar="N", help="of these, in one host (8)")
+    flag(group, "gpu", metavar="NAME", help="what they are; a wrong name lists them (h100)")
+    flag(group, "server_gpus", type=int, metavar="N", help="GPUs of each rollout server")
 
 
 def _add_setting(group: Any, cls: type, item: Any) -> None:
@@ -68,8 +106,9 @@ def _add_setting(group: Any, cls: type, item: Any) -> None:
         help_text += f" ({str(item.default).replace('%', '%%')})"
     short = [item.metadata["short"]] if "short" in item.metadata else []
     if kind is bool:
-        # What is on by default is switched off: `--help` shows the form that does something.
+        # What is on by default is switched off: `--help` shows the form that does something, or both where neither is default.
         yes, no = (argparse.SUPPRESS, f"without it: {help_text}") if item.default else (help_text, argparse.SUPPRESS)
+        no = "never" if item.default is None else no
         flag(group, item.name, *short, action="store_true", default=argparse.SUPPRESS, help=yes)
         names = f"--no-{item.name.replace('_', '-')}", f"--no_{item.name}"
         group.add_argument(*names, dest=item.name, action="store_false", default=argparse.SUPPRESS, help=no)
@@ -92,7 +131,7 @@ def _metavar(kind: type, choices: Sequence[str] | None) -> str | None:
 
 def given_settings(request: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str]:
     """`(flags, file values, file name)`: what the user stated, apart by origin."""
-    ignored = {"config", "command", "subcommand"}
+    ignored = {"config", "command", "subcommand", "dry_run", *ONLY_HERE}
     flags = {name: value for name, value in vars(request).items() if name not in ignored}
     return flags, _read_config(request.config) if request.config else {}, request.config or "--config"
 
@@ -171,18 +210,26 @@ def _add_verify(subparsers: Any) -> None:
 
 def _add_parity(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `parity restart`."
+        "parity", help="Losses and gradients under a layout against one process; `parity golden FILE`; `restart`; `scale`."
     )
-    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart", parser_class=Parser)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="layout|golden|restart|scale", parser_class=Parser)
     layout = command(ways, "layout", commands.parity_layout, "Every mode, loss and gradient, against one process.")
     _add_layout(layout)
     flag(layout, "virtual_pipeline_model_parallel_size", "--vpp", type=int, metavar="N", help="chunks of layers per stage")
+    for end in ("embedding", "loss"):
+        flag(layout, f"account_for_{end}_in_pipeline_split", action="store_true", help=f"the {end} takes the place of a layer")
     flag(layout, "context_parallel_size", "--cp", type=int, default=1, metavar="N", help="ranks that share each sequence (1)")
     _add_experts(layout)
     flag(layout, "sequence_parallel", action="store_true", help="sequence parallelism")
     flag(layout, "no_packing", action="store_true", help="a padded row for each sequence")
     flag(layout, "micro_batch_size", type=int, default=1, metavar="N", help="sequences per forward pass (1)")
     flag(layout, "recompute_granularity", choices=["full", "selective"], help="recompute activations")
+    flag(
+        layout,
+        "bf16",
+        action="store_true",
+        help="weights and activations in bf16 (on a GPU: Transformer Engine), looser bounds",
+    )
     flag(layout, "family", default="qwen2", help="model family of the tiny model (qwen2)")
     flag(
         layout,
@@ -200,6 +247,7 @@ def _add_parity(subparsers: Any) -> None:
     flag(restart, "nproc", type=int, default=2, metavar="P", help="processes; what TP x PP leaves is data-parallel (2)")
     flag(restart, "output_dir", help="new folder to keep both runs and their logs in (a temporary one)")
     _add_layout(restart)
+    add_scale(ways)
 
 
 def _add_bench(subparsers: Any) -> None:
@@ -229,3 +277,12 @@ def _add_bench(subparsers: Any) -> None:
     flag(parser, "vocabulary", type=int, default=16000, metavar="V", help="rollout: the model's vocabulary (16000)")
     flag(parser, "sequences", type=int, default=64, metavar="N", help="rollout: sequences of a batch (64)")
     flag(parser, "new_tokens", type=int, default=64, metavar="T", help="rollout: tokens of each, after some 100 (64)")
+
+
+def _add_selftest(subparsers: Any) -> None:
+    parser = command(
+        subparsers, "selftest", commands.selftest, "What holds on this machine: one page of results, to attach to a bug report."
+    )
+    flag(parser, "output_dir", default="runs/selftest", metavar="DIR", help="new folder for the page and logs (runs/selftest)")
+    flag(parser, "only", nargs="+", metavar="NAME", help="checks, or groups of them such as parity; a wrong name lists them")
+    flag(parser, "quick", action="store_true", help="smaller sizes, and without what takes longest")

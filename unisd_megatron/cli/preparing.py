@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 from typing import Any
 
+from unisd_megatron.caches import CACHE_SETTINGS, Caches
 from unisd_megatron.cli.commands import prepare_libraries, say
 from unisd_megatron.cli.flags import Parser, command, flag
-from unisd_megatron.config import CACHE_SETTINGS, Caches, Data, setting_type
+from unisd_megatron.config import Data, setting_type
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.validation import validate_caches
 

@@ -13,6 +13,7 @@ from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckpointError, ConfigError
 from unisd_megatron.families import Arch, Mapping, family_of
 from unisd_megatron.grid import Grid
+from unisd_megatron.mcore import precision
 from unisd_megatron.mcore.model import Stage, build
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.weights import stream
@@ -72,7 +73,7 @@ def open_source(
         source = Source(path, arch, mappings, None, functools.reduce(torch.promote_types, held), allow_pickle)
     layout = layout or Layout()
     tensor, expert = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    arch.check_layout(tensor, layout.virtual_stages, model_name, expert)
+    arch.check_layout(tensor, layout.virtual_stages, model_name, expert, layout.pipeline_ends)
     return source
 
 
@@ -138,5 +139,5 @@ def load_stage(source: Source, layout: Layout, platform: Platform, grid: Grid) -
     if source.shards is not None:
         store.load(source.shards, model)
     else:
-        stream.load(model.named_shards(), source.mappings, source.folder(), grid.tensor)
+        stream.load(model.named_shards(), source.mappings, source.folder(), grid.tensor, precision.write)
     return model

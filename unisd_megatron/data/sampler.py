@@ -28,7 +28,7 @@ class Sampler:
         if batch_size < 1 or window < 1:
             raise ConfigError(f"batch size {batch_size} and window {window} must both be at least 1")
         self._lengths = tuple(lengths)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._window = window
         self._known: dict[int, list[int]] = {}  # epoch -> its permutation; only saves time
@@ -37,7 +37,7 @@ class Sampler:
         """The indices of the `batch_size` examples of the 0-based optimizer step."""
         if step < 0:
             raise ValueError(f"step {step} is negative; steps count from 0")
-        places = range(step * self._batch_size, (step + 1) * self._batch_size)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [self._epoch(place // len(self._lengths))[place % len(self._lengths)] for place in places]
 
     def _epoch(self, epoch: int) -> list[int]:
@@ -51,8 +51,8 @@ class Sampler:
         rng = random.Random(f"{self._seed}:{epoch}")
         indices = list(range(len(self._lengths)))
         rng.shuffle(indices)
-        head = min(-epoch * len(indices) % self._batch_size, len(indices))
-        tail = (len(indices) - head) % self._batch_size
+        head = min(-epoch * len(indices) % self.batch_size, len(indices))
+        tail = (len(indices) - head) % self.batch_size
         batches = self._sorted_batches(indices[head : len(indices) - tail])
         rng.shuffle(batches)
         return [*indices[:head], *(index for batch in batches for index in batch), *indices[len(indices) - tail :]]
@@ -60,8 +60,8 @@ class Sampler:
     def _sorted_batches(self, indices: Sequence[int]) -> list[list[int]]:
         """Batches of similar lengths, from a whole number of batches in shuffled order (which decides between equals)."""
         batches = []
-        reach = self._window * self._batch_size
+        reach = self._window * self.batch_size
         for first in range(0, len(indices), reach):
             window = sorted(indices[first : first + reach], key=self._lengths.__getitem__)
-            batches += [window[start : start + self._batch_size] for start in range(0, len(window), self._batch_size)]
+            batches += [window[start : start + self.batch_size] for start in range(0, len(window), self.batch_size)]
         return batches

@@ -82,8 +82,12 @@ class Arch:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
 
-    def check_layout(self, tensor: int, pipeline: int, name: str, expert: int = 1) -> None:
-        """Raises `ConfigError` where a layout does not divide the model `name`; pipeline counts virtual stages too."""
+    def check_layout(self, tensor: int, pipeline: int, name: str, expert: int = 1, ends: int = 0) -> None:
+        """Raises `ConfigError` where a layout does not divide the model `name`.
+
+        Args: pipeline: stages, virtual ones too; ends: places of layers that embedding and loss take
+        (`Layout.pipeline_ends`).
+        """
         if min(tensor, pipeline, expert) < 1:
             sizes = f"tensor-parallel {tensor} x pipeline-parallel {pipeline} x expert-parallel {expert}"
             raise ConfigError(f"{sizes} is no layout; all are at least 1")
@@ -101,11 +105,19 @@ class Arch:
                 raise ConfigError(
                     f"tensor-parallel {tensor} does not divide the {count} {what} of {name}; use {', '.join(fits)}"
                 )
-        if self.num_layers % pipeline:
-            fits = [str(p) for p in range(1, self.num_layers + 1) if self.num_layers % p == 0]
+        if pipeline not in self.pipeline_sizes(ends):
+            fits = [str(size) for size in self.pipeline_sizes(ends)]
+            counted = f" and {ends} more places (--account-for-...-in-pipeline-split)" if ends else ""
+            hint = "; --account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split make it fit"
             raise ConfigError(
-                f"pipeline-parallel {pipeline} does not divide the {self.num_layers} layers of {name}; use {', '.join(fits)}"
+                f"pipeline-parallel {pipeline} does not divide the {self.num_layers} layers{counted} of {name}; use "
+                f"{', '.join(fits)}{hint if not ends and pipeline in self.pipeline_sizes(2) else ''}"
             )
+
+    def pipeline_sizes(self, ends: int = 0) -> list[int]:
+        """The numbers of stages, virtual ones too, that have equally many places, each with a layer among them."""
+        places = self.num_layers + ends
+        return [count for count in range(1, self.num_layers + 1) if places % count == 0 and (not ends or places > count)]
 
 
 class Family(ABC):

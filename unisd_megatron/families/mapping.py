@@ -1,7 +1,8 @@
 """How the tensors of a Hugging Face checkpoint become Megatron shards, and back.
 
 A `Mapping` knows both directions, so that import, export, weight sync and gradient comparison are one list. Megatron
-names are those of the local layer spec, with global layer and expert numbers.
+names are those of the local layer spec, with global layer and expert numbers. Shapes are known without torch, which is loaded
+where tensors are: `unisd plan` counts with them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Shapes = tuple[tuple[int, ...], ...]
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Mapping(ABC):
     megatron: str
     hf: tuple[str, ...]
     shapes: Shapes
+
+    @abstractmethod
+    def shard_shape(self, size: int) -> Shape:
+        """What `shard` gives every one of `size` tensor-parallel ranks."""
 
     @abstractmethod
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
@@ -37,6 +44,9 @@ class Mapping(ABC):
 class Replicated(Mapping):
     """The same on every tensor-parallel rank (norms, routers, biases that are added to sums)."""
 
+    def shard_shape(self, size: int) -> Shape:
+        return self.shapes[0]
+
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
         return tensors[0]
 
@@ -49,6 +59,10 @@ class Split(Mapping):
     """Cut along one dimension."""
 
     dim: int
+
+    def shard_shape(self, size: int) -> Shape:
+        (shape,) = self.shapes
+        return (*shape[: self.dim], shape[self.dim] // size, *shape[self.dim + 1 :])
 
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
         return tensors[0].chunk(size, self.dim)[rank]
@@ -63,7 +77,12 @@ class Vocabulary(Mapping):
 
     padded: int
 
+    def shard_shape(self, size: int) -> Shape:
+        return (self.padded // size, *self.shapes[0][1:])
+
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
+        import torch
+
         (full,) = tensors
         rows = self.padded // size
         part = full[rank * rows : (rank + 1) * rows]
@@ -77,8 +96,11 @@ class Vocabulary(Mapping):
 class GateUp(Mapping):
     """Gate and up projections: each rank holds its part of the gate above its part of the up projection."""
 
+    def shard_shape(self, size: int) -> Shape:
+        return _stacked(self.shapes, size)
+
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        return torch.cat([tensor.chunk(size)[rank] for tensor in tensors])
+        return _concatenated([tensor.chunk(size)[rank] for tensor in tensors])
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
@@ -91,9 +113,12 @@ class QKV(Mapping):
 
     groups: int
 
+    def shard_shape(self, size: int) -> Shape:
+        return _stacked(self.shapes, size)
+
     def shard(self, tensors: Sequence[Tensor], size: int, rank: int) -> Tensor:
         parts = [tensor.reshape(self.groups, rows, *tensor.shape[1:]) for tensor, rows in zip(tensors, self._rows, strict=True)]
-        return torch.cat(parts, 1).chunk(size)[rank].flatten(0, 1)
+        return _concatenated(parts, 1).chunk(size)[rank].flatten(0, 1)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         full = _concatenated(shards)
@@ -106,5 +131,12 @@ class QKV(Mapping):
         return [shape[0] // self.groups for shape in self.shapes]
 
 
+def _stacked(shapes: Shapes, size: int) -> Shape:
+    """One above the other, of each its part."""
+    return (sum(shape[0] for shape in shapes) // size, *shapes[0][1:])
+
+
 def _concatenated(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
     return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)

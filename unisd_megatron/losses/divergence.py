@@ -17,6 +17,19 @@ Numerics. Each sum is written so that no summand is negative and equal log-proba
 sum T (log T - log S) - T + S (the added terms sum to zero), the JSD per column. A KL summed naively in fp32 has an error near
 1e-7 whatever its size, which is all of it when student and teacher almost agree, the regime of self-distillation; here the
 error is relative, and a rounding error of either normaliser cancels to first order.
+
+With `entry_clip` c each entry's contribution d_v (the summand of D above, without the added terms) counts as min(d_v, c), and
+has no gradient where d_v > c. With k_v = 1 where d_v <= c and 0 where it is clipped,
+
+    D = sum_v k_v d_v + (1 - k_v) c        dD/dz_v = k_v g_v - S_v sum_u k_u g_u,    g_v = dd_v / d log S_v
+
+    alpha = 0      g_v = -T_v          sum_u k_u g_u = C - 1,                C = sum of the T_u that are clipped
+    alpha = 1      g_v = d_v + S_v     sum_u k_u g_u = 1 + C,                C = sum_u k_u d_u - the S_u that are clipped
+    0 < alpha < 1  g_v = (1 - alpha) S_v log S_v/M_v
+
+C is the second number per row that couples the shards then (E_S[log S/M] over kept entries for the JSD). D of a clipped KL may
+be negative: its contributions have both signs, and only the positive ones are cut. Where nothing is clipped C is what it is
+without clipping, to the bit, and so are value and gradient.
 """
 
 from __future__ import annotations
@@ -43,11 +56,14 @@ def token_divergence(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
+    entry_clip: float | None = None,
 ) -> Tensor:
     """Divergence D (nats, >= 0) of student and teacher at each token: [...] from two shards of logits [..., V/t].
 
     alpha 0: KL(teacher || student); 1: KL(student || teacher); between: the JSD in which alpha weights the teacher (its limits
-    at 0 and 1 are 0, not the KLs). The temperature divides both. The result is the same on every rank of `group`; the gradient
+    at 0 and 1 are 0, not the KLs). The temperature divides both. entry_clip: nats, the most that one entry of the vocabulary
+    contributes; a clipped entry has no gradient, and a clipped KL may be negative.
+    The result is the same on every rank of `group`; the gradient
     reaches the student only. Two collectives forward (16 and at most 8 bytes per token), none backward.
 
     Student and teacher bit-equal: D and its gradient are exactly 0. A logit of -inf is probability 0, and 0 log 0 = 0. Where
@@ -55,16 +71,17 @@ def token_divergence(
     where none exists, 0 (so that a clipped or masked row cannot turn into nan). Keeps both logits alive until the backward pass
     and adds 5-6 numbers per token to them. In fp32 the JSD loses digits as alpha approaches 0: the gradient's relative error is
     2e-5 at alpha = 1e-3 and 5e-4 at 1e-4.
-    Raises ValueError for alpha outside [0, 1], temperature <= 0, or shapes that differ.
+    Raises ValueError for alpha outside [0, 1], temperature <= 0, a negative entry_clip, or shapes that differ.
     """
     check_alpha(alpha)
+    check_entry_clip(entry_clip)
     check_temperature(temperature)
     if student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"student and teacher logits must have one shape, got {shapes}")
     shard = VocabShard.of(student_logits.shape[-1], vocab_size, group)
     student, teacher = (x.reshape(-1, shard.width) for x in (student_logits, teacher_logits.detach()))
-    flat = _TokenDivergence.apply(student, teacher, float(alpha), float(temperature), shard)
+    flat = _TokenDivergence.apply(student, teacher, float(alpha), float(temperature), shard, entry_clip)
     return flat.view(student_logits.shape[:-1])
 
 
@@ -73,11 +90,23 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in [0, 1] (0: KL(teacher||student), 1: KL(student||teacher)), got {alpha}")
 
 
-def divergence_terms(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Tensor, ...]:
-    """Summands over v of (D,) for a KL or (D, E_S[log S/M]) for the JSD, elementwise from log-probabilities of one shape.
+def check_entry_clip(entry_clip: float | None) -> None:
+    if entry_clip is not None and not entry_clip >= 0:
+        raise ValueError(f"entry_clip must not be negative, got {entry_clip}")
+
+
+def has_mean(alpha: float, entry_clip: float | None) -> bool:
+    """Whether the gradient needs a sum of its own beside D; a KL that is not clipped makes do with D."""
+    return entry_clip is not None or alpha not in (0, 1)
+
+
+def divergence_terms(student: Tensor, teacher: Tensor, alpha: float, entry_clip: float | None = None) -> tuple[Tensor, ...]:
+    """Summands over v of (D,), or of (D, the sum that the gradient needs) if `has_mean`; elementwise from log-probabilities.
 
     nan counts as 0: the caller adds `nan_of` the normalizers to the sums.
     """
+    if entry_clip is not None:
+        return _clipped_terms(student, teacher, alpha, entry_clip)
     if alpha == 0:
         return (_kl_terms(teacher, student),)
     if alpha == 1:
@@ -87,8 +116,10 @@ def divergence_terms(student: Tensor, teacher: Tensor, alpha: float) -> tuple[Te
     return teacher_ratio.mul_(teacher.exp()).mul_(alpha).add_(student_part, alpha=1 - alpha), student_part
 
 
-def student_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tensor) -> Tensor:
+def student_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tensor, entry_clip: float | None = None) -> Tensor:
     """dD/dz, z = student logits / temperature, elementwise; `mean` is the last sum of `divergence_terms`, broadcast to it."""
+    if entry_clip is not None:
+        return _clipped_gradient(student, teacher, alpha, mean, entry_clip)
     if alpha == 0:
         return student.exp().sub_(teacher.exp())
     if alpha == 1:
@@ -97,6 +128,42 @@ def student_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tenso
         return grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).add_(mean.nan_to_num(nan=torch.nan, posinf=0.0) * 0)
     student_ratio, _ = _log_ratios_to_mixture(student, teacher, alpha)
     return student_ratio.sub_(mean).mul_(student.exp()).mul_(1 - alpha)
+
+
+def _clipped_terms(student: Tensor, teacher: Tensor, alpha: float, ceiling: float) -> tuple[Tensor, Tensor]:
+    """`divergence_terms` with clipped entries. What is added to a KL's summands is in their limit too: c - P + Q."""
+    terms, limit = _terms_and_limit(student, teacher, alpha, ceiling)
+    kept = terms[0] <= limit
+    divergence = torch.where(kept, terms[0], limit)
+    if alpha == 0:
+        return divergence, teacher.exp().masked_fill_(kept, 0)
+    if alpha == 1:
+        return divergence, torch.where(kept, terms[0], teacher.exp() - 2 * student.exp())
+    return divergence, terms[1].masked_fill_(~kept, 0)
+
+
+def _clipped_gradient(student: Tensor, teacher: Tensor, alpha: float, mean: Tensor, ceiling: float) -> Tensor:
+    terms, limit = _terms_and_limit(student, teacher, alpha, ceiling)
+    kept = terms[0] <= limit
+    probs = student.exp()
+    if alpha == 0:
+        return probs.sub(teacher.exp().masked_fill_(~kept, 0)).sub_(probs.mul_(mean))
+    of_clipped = probs.mul_(1 + mean).neg_() if alpha == 1 else probs.mul_(mean).mul_(alpha - 1)
+    return torch.where(kept, student_gradient(student, teacher, alpha, mean), of_clipped)
+
+
+def _terms_and_limit(student: Tensor, teacher: Tensor, alpha: float, ceiling: float) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The summands without clipping, and what the first of them may be at most."""
+    terms = divergence_terms(student, teacher, alpha)
+    if alpha not in (0, 1):
+        return terms, torch.full_like(terms[0], ceiling)
+    first, second = (teacher, student) if alpha == 0 else (student, teacher)
+    return terms, second.exp().sub_(first.exp()).add_(ceiling)
+
+
+def bounded(divergence: Tensor, alpha: float, entry_clip: float | None) -> Tensor:
+    """A copy of the sums D as they are handed out: rounding may leave -1e-15 of what cannot be negative."""
+    return divergence.clone() if entry_clip is not None and alpha in (0, 1) else divergence.clamp(min=0)
 
 
 def _gap(p: Tensor, q: Tensor) -> Tensor:
@@ -141,29 +208,35 @@ def normalize(student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
 class _TokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, alpha: float, temperature: float, shard: VocabShard
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        alpha: float,
+        temperature: float,
+        shard: VocabShard,
+        entry_clip: float | None,
     ) -> Tensor:
         dtype = computing_dtype(student_logits, teacher_logits)
         student, teacher = (Rows(logits, temperature, shard, dtype) for logits in (student_logits, teacher_logits))
         student_norm, teacher_norm = normalize(student, teacher)
-        partial = student_logits.new_zeros((1 if alpha in (0, 1) else 2, student_logits.shape[0]), dtype=dtype)
+        partial = student_logits.new_zeros((1 + has_mean(alpha, entry_clip), student_logits.shape[0]), dtype=dtype)
         for part in student.blocks():
             logps = student.log_probs(part, student_norm), teacher.log_probs(part, teacher_norm)
-            partial[:, part] = torch.stack([terms.sum(-1) for terms in divergence_terms(*logps, alpha)])
+            partial[:, part] = torch.stack([terms.sum(-1) for terms in divergence_terms(*logps, alpha, entry_clip)])
         totals = sum_over(partial, shard.group) + nan_of(student_norm, teacher_norm)
         ctx.save_for_backward(student_logits, teacher_logits, student_norm, teacher_norm, totals)
-        ctx.setting = (alpha, temperature, shard)
-        return totals[0].clamp(min=0)  # rounding may leave -1e-15; the totals kept for the gradient stay as they are
+        ctx.setting = (alpha, temperature, shard, entry_clip)
+        return bounded(totals[0], alpha, entry_clip)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         student_logits, teacher_logits, student_norm, teacher_norm, totals = ctx.saved_tensors
-        alpha, temperature, shard = ctx.setting
+        alpha, temperature, shard, entry_clip = ctx.setting
         student, teacher = (Rows(logits, temperature, shard, grad.dtype) for logits in (student_logits, teacher_logits))
 
         def of_rows(part: slice) -> Tensor:
             logps = student.log_probs(part, student_norm), teacher.log_probs(part, teacher_norm)
-            return student_gradient(*logps, alpha, totals[-1, part, None]).mul_(grad[part, None])
+            return student_gradient(*logps, alpha, totals[-1, part, None], entry_clip).mul_(grad[part, None])
 
-        return student.fill_gradient(torch.empty_like(student_logits), of_rows), None, None, None, None
+        return student.fill_gradient(torch.empty_like(student_logits), of_rows), None, None, None, None, None

@@ -15,8 +15,8 @@ own columns of the vocabulary. Whoever made the hidden states must add the parts
 (never both). The head's gradient is complete: its rows live here only.
 
 Communication: one all-gather per chunk (16 bytes per token: the softmax pairs of both models), one all-reduce per call (16
-bytes per token, 20 for the JSD), none backward. What the chunk itself does not need waits for the end, so that C chunks cost
-C + 1 collectives, not 2 C.
+bytes per token, 20 for the JSD or with clipped entries), none backward. What the chunk itself does not need waits for the end,
+so that C chunks cost C + 1 collectives, not 2 C.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from unisd_megatron.losses.collectives import stack_over, sum_over
-from unisd_megatron.losses.divergence import check_alpha
+from unisd_megatron.losses.divergence import bounded, check_alpha, check_entry_clip, has_mean
 from unisd_megatron.losses.passes import Passes, Said, Upstream, choose_passes
 from unisd_megatron.losses.vocab import VocabShard, check_temperature, combine_pick, combine_softmax, computing_dtype
 
@@ -61,6 +61,7 @@ class _Setting(NamedTuple):
     dtype: torch.dtype
     passes: Passes
     alpha: float = 0.0
+    entry_clip: float | None = None
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         return (slice(i, min(i + self.chunk_tokens, tokens)) for i in range(0, tokens, self.chunk_tokens))
@@ -91,6 +92,7 @@ def fused_divergence(
     group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     kernels: str = "auto",
+    entry_clip: float | None = None,
 ) -> FusedDivergence:
     """Divergence, log-probabilities of `token_ids` and student entropy of N tokens, without ever holding [N, V] logits.
 
@@ -104,10 +106,11 @@ def fused_divergence(
     have a graph. vocab_size is one for both models; their heads have the same rows.
     chunk_tokens: tokens whose logits exist at once; by default as many as make chunks of a good size for the device. kernels:
     "torch", "triton", or "auto": Triton on a GPU that has it, except for fp64.
-    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, chunk_tokens < 1, token ids outside
-    the vocabulary, or kernels that cannot run here.
+    Raises ValueError for shapes that do not fit, alpha outside [0, 1], temperature <= 0, entry_clip < 0, chunk_tokens < 1,
+    token ids outside the vocabulary, or kernels that cannot run here.
     """
     check_alpha(alpha)
+    check_entry_clip(entry_clip)
     check_temperature(temperature)
     _check_pair(student_hidden, student_head, token_ids, chunk_tokens)
     _check_pair(teacher_hidden, teacher_head, token_ids, chunk_tokens)
@@ -120,7 +123,7 @@ def fused_divergence(
     dtype = computing_dtype(student_hidden, teacher_hidden)
     chunk_tokens = chunk_tokens or _chunk_tokens(student_hidden.device, shard)
     passes = choose_passes(kernels, student_hidden.device, dtype)
-    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, passes, float(alpha))
+    setting = _Setting(float(temperature), shard, chunk_tokens, dtype, passes, float(alpha), entry_clip)
     teacher = (teacher_hidden.detach(), teacher_head.detach())
     return FusedDivergence(*_FusedDivergence.apply(student_hidden, student_head, *teacher, token_ids, setting))
 
@@ -186,7 +189,7 @@ class _FusedDivergence(torch.autograd.Function):
         walks = _Walk(hidden, head, setting), _Walk(teacher_hidden, teacher_head, setting)
         column = setting.column(token_ids)
         norms = hidden.new_zeros((2, 2, tokens), dtype=setting.dtype)  # student, teacher
-        partial = hidden.new_zeros((4 if setting.alpha in (0, 1) else 5, tokens), dtype=setting.dtype)
+        partial = hidden.new_zeros((4 + has_mean(setting.alpha, setting.entry_clip), tokens), dtype=setting.dtype)
         for chunk in setting.chunks(tokens):
             logits = [walk.logits(chunk) for walk in walks]
             stacked = stack_over(torch.stack([setting.softmax(one) for one in logits]), group)
@@ -196,14 +199,15 @@ class _FusedDivergence(torch.autograd.Function):
             for row, one in zip(partial, (student, teacher), strict=False):
                 score = _score_here(one.logits, column[chunk], setting)
                 row[chunk] = torch.where(column[chunk] >= 0, (score - one.norms[0]) - one.norms[1], 0)
-            partial[2:, chunk] = setting.passes.sums(student, teacher, setting.alpha, setting.temperature)
+            partial[2:, chunk] = setting.passes.sums(student, teacher, setting.alpha, setting.temperature, setting.entry_clip)
         student_log_probs, teacher_log_probs, *rest = totals = sum_over(partial, group)
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, column, norms, totals)
         ctx.setting = setting
         ctx.owner = _owner(head)
         ctx.set_materialize_grads(False)
         # Copies, so that in-place use of a result cannot reach what the backward reads.
-        outputs = (rest[0].clamp(min=0), student_log_probs.clone(), teacher_log_probs.clone(), rest[-1].clone())
+        divergence = bounded(rest[0], setting.alpha, setting.entry_clip)
+        outputs = (divergence, student_log_probs.clone(), teacher_log_probs.clone(), rest[-1].clone())
         ctx.mark_non_differentiable(outputs[2])
         return outputs
 
@@ -228,6 +232,7 @@ class _FusedDivergence(torch.autograd.Function):
                 upstream=Upstream(*(None if x is None else x[chunk] for x in (of_divergence, of_log_probs, of_entropy))),
                 alpha=setting.alpha,
                 temperature=setting.temperature,
+                entry_clip=setting.entry_clip,
             )
             return logits
 

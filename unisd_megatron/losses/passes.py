@@ -5,7 +5,7 @@ Legend: n tokens of the chunk, V columns of this rank that are vocabulary, v col
 Three passes over logits that are never copied as a whole:
 
     softmax      [n, V] -> (m_r, s_r) of this rank's columns
-    sums         student and teacher, normalised over all ranks -> this rank's summands of D, E_S[log S/M] (JSD) and H
+    sums         student and teacher, normalised over all ranks -> summands of D, of what its gradient needs, and of H
     to_gradient  overwrites the student's logits with dL/dlogits
 
 `triton_passes` has the same three; `Passes` is what both promise. Here a chunk lies in memory as [V, n], and what is handed on
@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from unisd_megatron.losses.divergence import divergence_terms, student_gradient
+from unisd_megatron.losses.divergence import divergence_terms, has_mean, student_gradient
 from unisd_megatron.losses.vocab import entropy_gradient, entropy_terms, finite_shift, merge_softmax, nan_of
 
 # Logits of one block. On a CPU 512 KiB of fp32, a part of a core's L2 cache; elsewhere launches cost more than memory.
@@ -55,8 +55,8 @@ class Passes(Protocol):
     def softmax(self, logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
         """(m_r, s_r) [2, n] in `dtype`."""
 
-    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float) -> Tensor:
-        """This rank's summands of (D, H) for a KL, [2, n], or (D, E_S[log S/M], H) for the JSD, [3, n]."""
+    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float, entry_clip: float | None) -> Tensor:
+        """This rank's summands of (D, H), [2, n], or (D, what its gradient needs, H) if `has_mean`, [3, n]."""
 
     def to_gradient(
         self,
@@ -68,6 +68,7 @@ class Passes(Protocol):
         upstream: Upstream,
         alpha: float,
         temperature: float,
+        entry_clip: float | None = None,
     ) -> None:
         """Overwrites student.logits with the gradient with respect to them.
 
@@ -92,11 +93,11 @@ class TorchPasses:
             parts.append(torch.stack([peak, scores.sub_(finite_shift(peak)).exp_().sum(0)]))
         return merge_softmax(torch.stack(parts))
 
-    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float) -> Tensor:
-        total = student.norms.new_zeros((2 if alpha in (0, 1) else 3, student.logits.shape[0]))
+    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float, entry_clip: float | None) -> Tensor:
+        total = student.norms.new_zeros((2 + has_mean(alpha, entry_clip), student.logits.shape[0]))
         for columns in _blocks(student.logits):
             of_student, of_teacher = (_log_probs(one, columns, temperature) for one in (student, teacher))
-            terms = *divergence_terms(of_student, of_teacher, alpha), entropy_terms(of_student)
+            terms = *divergence_terms(of_student, of_teacher, alpha, entry_clip), entropy_terms(of_student)
             total.add_(torch.stack([one.sum(0) for one in terms]))
         return total.add_(nan_of(student.norms, teacher.norms))
 
@@ -110,13 +111,14 @@ class TorchPasses:
         upstream: Upstream,
         alpha: float,
         temperature: float,
+        entry_clip: float | None = None,
     ) -> None:
         for columns in _blocks(student.logits):
             logps = _log_probs(student, columns, temperature)
             grad = torch.zeros_like(logps)
             if upstream.divergence is not None and teacher is not None and totals is not None:
                 of_teacher = _log_probs(teacher, columns, temperature)
-                grad.addcmul_(student_gradient(logps, of_teacher, alpha, totals[-2]), upstream.divergence)
+                grad.addcmul_(student_gradient(logps, of_teacher, alpha, totals[-2], entry_clip), upstream.divergence)
             if upstream.entropy is not None and totals is not None:
                 grad.addcmul_(entropy_gradient(logps, totals[-1]), upstream.entropy)
             if upstream.log_probs is not None:

@@ -48,6 +48,7 @@ def compare(
     vocab_size: int,
     group: ProcessGroup | None,
     path: str,
+    entry_clip: float | None = None,
 ) -> FusedDivergence:
     """Divergence, sampled-token log-probs of both, and the student's entropy, `[N]` fp32 each, replicated over `group`."""
     if path in KERNELS:
@@ -62,11 +63,12 @@ def compare(
             vocab_size=vocab_size,
             group=group,
             kernels=KERNELS[path],
+            entry_clip=entry_clip,
         )
     logits, teacher_logits = student.hidden @ student.head.t(), (teacher.hidden @ teacher.head.t()).detach()
     shared = _Shared(temperature=temperature, vocab_size=vocab_size, group=group)
     return FusedDivergence(
-        divergence=token_divergence(logits, teacher_logits, alpha=alpha, **shared),
+        divergence=token_divergence(logits, teacher_logits, alpha=alpha, entry_clip=entry_clip, **shared),
         student_log_probs=token_log_probs(logits, token_ids, **shared),
         teacher_log_probs=token_log_probs(teacher_logits, token_ids, **shared),
         entropy=token_entropy(logits, **shared),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unisd_megatron.losses.divergence import has_mean
 from unisd_megatron.losses.passes import Said, Upstream
 from unisd_megatron.losses.vocab import nan_of
 
@@ -42,16 +43,16 @@ class TritonPasses:
             _softmax[(tokens,)](logits, out, tokens, columns, temperature, BLOCK=BLOCK, num_warps=WARPS)
         return out
 
-    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float) -> Tensor:
+    def sums(self, student: Said, teacher: Said, alpha: float, temperature: float, entry_clip: float | None) -> Tensor:
         tokens, columns = student.logits.shape
         kind = _kind(alpha)
-        out = student.norms.new_empty((3 if kind == JSD.value else 2, tokens))
+        out = student.norms.new_empty((2 + has_mean(alpha, entry_clip), tokens))
         norms = torch.cat([student.norms, teacher.norms])
         if tokens:
             with torch.cuda.device_of(student.logits):
                 _sums[(tokens,)](
-                    student.logits, teacher.logits, norms, out, tokens, columns, alpha, temperature,
-                    KIND=kind, BLOCK=BLOCK, num_warps=WARPS,
+                    student.logits, teacher.logits, norms, out, tokens, columns, alpha, temperature, entry_clip or 0.0,
+                    KIND=kind, CLIP=entry_clip is not None, BLOCK=BLOCK, num_warps=WARPS,
                 )  # fmt: skip
         # A GPU's minimum and maximum drop nan, which must be seen.
         return out.add_(nan_of(student.norms, teacher.norms))
@@ -66,6 +67,7 @@ class TritonPasses:
         upstream: Upstream,
         alpha: float,
         temperature: float,
+        entry_clip: float | None = None,
     ) -> None:
         tokens, columns = student.logits.shape
         if not tokens or not columns:
@@ -79,9 +81,10 @@ class TritonPasses:
             _to_gradient[(tokens, triton.cdiv(columns, BLOCK))](
                 student.logits,
                 student.logits if teacher is None else teacher.logits,
-                norms, per_token, column.int(), tokens, columns, alpha, temperature,
-                KIND=NONE.value if divergence is None else _kind(alpha), OF_LOG_PROBS=upstream.log_probs is not None,
-                OF_ENTROPY=upstream.entropy is not None, BLOCK=BLOCK, num_warps=WARPS,
+                norms, per_token, column.int(), tokens, columns, alpha, temperature, entry_clip or 0.0,
+                KIND=NONE.value if divergence is None else _kind(alpha), CLIP=entry_clip is not None,
+                OF_LOG_PROBS=upstream.log_probs is not None, OF_ENTROPY=upstream.entropy is not None,
+                BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -151,6 +154,31 @@ def _log_ratio_to_mixture(student, teacher, alpha):
 
 
 @triton.jit
+def _entry(student, teacher, alpha, KIND: tl.constexpr):
+    """Summands of the divergence, before clipping. See divergence.divergence_terms."""
+    if KIND == JSD:
+        student_ratio, teacher_ratio = _log_ratio_to_mixture(student, teacher, alpha)
+        entry = alpha * tl.exp(teacher) * teacher_ratio + (1.0 - alpha) * (tl.exp(student) * student_ratio)
+    elif KIND == REVERSE_KL:
+        entry = _kl_terms(student, teacher)
+    else:
+        entry = _kl_terms(teacher, student)
+    return entry
+
+
+@triton.jit
+def _limit(student, teacher, ceiling, KIND: tl.constexpr):
+    """What a summand may be at most. See divergence._terms_and_limit."""
+    if KIND == JSD:
+        limit = tl.zeros_like(student) + ceiling
+    elif KIND == REVERSE_KL:
+        limit = ceiling + (tl.exp(teacher) - tl.exp(student))
+    else:
+        limit = ceiling + (tl.exp(student) - tl.exp(teacher))
+    return limit
+
+
+@triton.jit
 def _softmax(logits, out, tokens, columns, temperature, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -167,8 +195,9 @@ def _softmax(logits, out, tokens, columns, temperature, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums(
-    student_logits, teacher_logits, norms, out, tokens, columns, alpha, temperature, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+    student_logits, teacher_logits, norms, out, tokens, columns, alpha, temperature, ceiling,
+    KIND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     student_peak, student_log = tl.load(norms + row), tl.load(norms + tokens + row)
     teacher_peak, teacher_log = tl.load(norms + 2 * tokens + row), tl.load(norms + 3 * tokens + row)
@@ -182,16 +211,25 @@ def _sums(
         probs = tl.exp(student)
         entropy -= tl.where(probs == 0, 0.0, probs * student)
         if KIND == JSD:
-            student_ratio, teacher_ratio = _log_ratio_to_mixture(student, teacher, alpha)
+            student_ratio, _ = _log_ratio_to_mixture(student, teacher, alpha)
             part = probs * student_ratio
-            mean += part
-            divergence += alpha * tl.exp(teacher) * teacher_ratio + (1.0 - alpha) * part
-        elif KIND == REVERSE_KL:
-            divergence += _kl_terms(student, teacher)
         else:
-            divergence += _kl_terms(teacher, student)
+            part = tl.zeros((BLOCK,), tl.float32)
+        entry = _entry(student, teacher, alpha, KIND)
+        if CLIP:
+            limit = _limit(student, teacher, ceiling, KIND)
+            kept = entry <= limit
+            if KIND == JSD:
+                part = tl.where(kept, part, 0.0)
+            elif KIND == REVERSE_KL:
+                part = tl.where(kept, entry, tl.exp(teacher) - 2.0 * probs)
+            else:
+                part = tl.where(kept, 0.0, tl.exp(teacher))
+            entry = tl.where(kept, entry, limit)
+        mean += part
+        divergence += entry
     tl.store(out + row, tl.sum(divergence, 0))
-    if KIND == JSD:
+    if KIND == JSD or CLIP:
         tl.store(out + tokens + row, tl.sum(mean, 0))
         tl.store(out + 2 * tokens + row, tl.sum(entropy, 0))
     else:
@@ -200,10 +238,10 @@ def _sums(
 
 @triton.jit
 def _to_gradient(
-    student_logits, teacher_logits, norms, per_token, column, tokens, columns, alpha, temperature,
-    KIND: tl.constexpr, OF_LOG_PROBS: tl.constexpr, OF_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    student_logits, teacher_logits, norms, per_token, column, tokens, columns, alpha, temperature, ceiling,
+    KIND: tl.constexpr, CLIP: tl.constexpr, OF_LOG_PROBS: tl.constexpr, OF_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """per_token [5, n]: E_S[log S/M] or D, H, and the upstream gradients of divergence, log-probability and entropy."""
+    """per_token [5, n]: the sum that the gradient needs, H, and upstream gradients of divergence, log-probability, entropy."""
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     student = _load(student_logits, row, offsets, columns, temperature) - tl.load(norms + row) - tl.load(norms + tokens + row)
@@ -222,6 +260,14 @@ def _to_gradient(
         else:
             student_ratio, _ = _log_ratio_to_mixture(student, teacher, alpha)
             slope = (1.0 - alpha) * probs * (student_ratio - mean)
+        if CLIP:
+            kept = _entry(student, teacher, alpha, KIND) <= _limit(student, teacher, ceiling, KIND)
+            if KIND == FORWARD_KL:
+                slope = probs - tl.where(kept, tl.exp(teacher), 0.0) - probs * mean
+            elif KIND == REVERSE_KL:
+                slope = tl.where(kept, slope, -probs * (1.0 + mean))
+            else:
+                slope = tl.where(kept, slope, -(1.0 - alpha) * probs * mean)
         grad += slope * of_divergence
     if OF_ENTROPY:
         entropy, of_entropy = tl.load(per_token + tokens + row), tl.load(per_token + 4 * tokens + row)

@@ -78,6 +78,48 @@ class SegmentAttention(DotProductAttention):
         return whole
 
 
+class FlashSegmentAttention(SegmentAttention):
+    """The same through flash-attn's kernel for packed rows: memory linear in the row. bf16 on a GPU.
+
+    Padded rows, and rows shared by context-parallel ranks, go the way of `SegmentAttention`.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, layer_number, *args, **kwargs)
+        from flash_attn import flash_attn_varlen_func
+
+        self._attend = flash_attn_varlen_func
+        self._alone = config.context_parallel_size == 1
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        if packed_seq_params is None or not self._alone:
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params=packed_seq_params
+            )
+        said: Tensor = self._attend(
+            query,
+            key,
+            value,
+            packed_seq_params.cu_seqlens_q,
+            packed_seq_params.cu_seqlens_kv,
+            packed_seq_params.max_seqlen_q,
+            packed_seq_params.max_seqlen_kv,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            window_size=(-1, -1) if self._back is None else (self._back, 0),
+        )
+        return said.flatten(1)
+
+
 def _part_of(positions: Tensor, ranks: int, rank: int) -> Tensor:
     """This context-parallel rank's part of a segment: of 2 cp chunks the rank-th, and the rank-th from the end."""
     if ranks == 1:

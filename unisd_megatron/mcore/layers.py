@@ -8,7 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from unisd_megatron.families import Arch
-from unisd_megatron.mcore.attention import LocalGlobalSelfAttention, SegmentAttention
+from unisd_megatron.mcore.attention import FlashSegmentAttention, LocalGlobalSelfAttention, SegmentAttention
 from unisd_megatron.mcore.experts import ReplicatedTokensMoELayer, Router
 from unisd_megatron.mcore.norm import RowParallelLinearThenNorm, SequenceParallelRMSNorm, ZeroCenteredRMSNorm
 from unisd_megatron.mcore.platform import Platform
@@ -18,23 +18,27 @@ def layer_spec(
     arch: Arch, config: TransformerConfig, platform: Platform, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of pipeline chunk `chunk` (None: the stage has only one)."""
-    # In fp32 Transformer Engine has no attention for packed rows. Norms behind a block and layers with a RoPE of their own
-    # have only been built from local modules here.
-    plain = not arch.sandwich_norms and arch.local is None and arch.experts is None
-    if platform.layer_spec == "transformer_engine" and config.bf16 and plain:
+    # In fp32 Transformer Engine has no attention for packed rows.
+    if platform.layer_spec == "transformer_engine" and config.bf16 and engine_covers(arch):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
-    spec = _local_spec(arch, config)
+    spec = _local_spec(arch, config, platform)
     norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=norm)
 
 
-def _local_spec(arch: Arch, config: TransformerConfig) -> ModuleSpec:
+def engine_covers(arch: Arch) -> bool:
+    """Whether the family can be built from Transformer Engine's modules: norms behind a block, layers with a RoPE of their own
+    and experts have only been built from local ones here."""
+    return not arch.sandwich_norms and arch.local is None and arch.experts is None
+
+
+def _local_spec(arch: Arch, config: TransformerConfig, platform: Platform) -> ModuleSpec:
     experts = None if arch.experts is None else arch.experts.count
     spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
-    attention.core_attention = SegmentAttention
+    attention.core_attention = FlashSegmentAttention if platform.attention == "flash" and config.bf16 else SegmentAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     if arch.local is not None:

@@ -6,13 +6,14 @@ keeps the loss room free to select completion rows and to walk the vocabulary in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from unisd_megatron.config import Layout
@@ -20,6 +21,7 @@ from unisd_megatron.families import Arch
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore.layers import layer_spec
 from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.precision import is_quantized, write
 from unisd_megatron.mcore.rope import rotary_embedding
 from unisd_megatron.mcore.shards import EXPERTS
 
@@ -62,11 +64,13 @@ class HiddenStateModel(GPTModel):
 class Stage:
     """This rank's pipeline stage: one chunk of layers, or several under virtual pipeline parallelism.
 
-    Attributes: chunks: in the order in which a sequence passes them.
+    Attributes: chunks: in the order in which a sequence passes them; settle: called before weights are read: waits for those
+    that are on their way from other ranks (`Student.step`).
     """
 
     def __init__(self, chunks: Sequence[HiddenStateModel]) -> None:
         self.chunks = list(chunks)
+        self.settle: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> TransformerConfig:
@@ -74,10 +78,12 @@ class Stage:
 
     def head_weight(self) -> Tensor:
         """This rank's vocabulary shard of the head, `[V/t, h]`; on the last stage only."""
+        self.settle()
         return self.chunks[-1].head_weight()
 
     def named_shards(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters under canonical names; see `HiddenStateModel.named_shards`."""
+        self.settle()
         for chunk in self.chunks:
             yield from chunk.named_shards()
 
@@ -88,7 +94,11 @@ class Stage:
     def load_state_dict(self, loaded: dict[str, Any], prefix: str) -> None:
         """Takes what `dist_checkpointing.load` made of `sharded_state_dict(prefix)`."""
         for i, chunk in enumerate(self.chunks):
-            chunk.load_state_dict({name.removeprefix(prefix): value for name, value in loaded[str(i)].items()})
+            values = {name.removeprefix(prefix): value for name, value in loaded[str(i)].items()}
+            chunk.load_state_dict(values)
+            for name, parameter in chunk.named_parameters():
+                if is_quantized(parameter):
+                    write(parameter, values[name])
 
 
 def build(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> Stage:
@@ -154,6 +164,8 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.tensor_model_parallel_size,
@@ -173,7 +185,15 @@ def transformer_config(arch: Arch, layout: Layout, platform: Platform) -> Transf
         # Not to be skipped though every weight is loaded: it marks the shards as such, and without the marks Megatron
         # counts only rank 0's shards in the gradient norm (silently wrong clipping at TP > 1).
         perform_initialization=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=platform.gradient_accumulation_fusion,
+        tp_comm_overlap=platform.tp_comm_overlap,
+        # The local spec has one core attention (mcore/layers.py), and Megatron's field acts on Transformer Engine alone.
+        attention_backend=AttnBackend[platform.attention] if on_gpu else AttnBackend.auto,
+        fp8=platform.fp8_format,
+        fp8_recipe=platform.fp8_recipe,
+        fp8_param=platform.fp8_param_gather,
+        fp8_amax_history_len=1024,  # Transformer Engine's own defaults; Megatron's are 1 and the latest
+        fp8_amax_compute_algo="max",
         masked_softmax_fusion=False,
         bias_activation_fusion=on_gpu and arch.activation == "silu",
         bias_dropout_fusion=False,

@@ -1,50 +1,258 @@
-"""Device, backend and layer spec: decided once, from what is there, and said aloud."""
+"""What a run computes with: decided once, from what is there and what was asked for, and said aloud (docs/gpu.md).
+
+`probe` looks at the machine, `decide` is a pure function of what it found, `choose` is both.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from unisd_megatron.errors import MissingDependency
+from unisd_megatron.config import Accelerator, Layout
+from unisd_megatron.errors import ConfigError, MissingDependency
 from unisd_megatron.mcore import cpu
 
 MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
 """Versions of megatron-core whose interfaces have been measured; the test suite runs on the first."""
 
+_FP8_FROM = (8, 9)
+_BLOCKS_ON, _BLOCKS_FROM_CUDA = 9, (12, 9)
+_FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
+"""Of each recipe: the Transformer Engine from which Megatron takes it (`fp8_utils.get_fp8_recipe`)."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a machine has. Versions are of installed packages; capability: of this process's GPU, such as (9, 0)."""
+
+    megatron: str
+    capability: tuple[int, int] | None = None  # None: no CUDA
+    cuda: tuple[int, int] = (0, 0)
+    transformer_engine: str | None = None
+    flash_attn: str | None = None
+    apex_adam: bool = False
+    apex_wgrad: bool = False  # fused_weight_gradient_mlp_cuda, which Apex builds on request
+
 
 @dataclass(frozen=True)
 class Platform:
-    """What this machine runs on, and why."""
+    """What this process runs on, and why.
+
+    Attributes: reason: one line on device and layer spec; notes: the other choices, a line each; fp8_*: the student's;
+    teacher_fp8: the recipe that the teacher reads with, None for bf16.
+    """
 
     device: torch.device
     backend: str  # "nccl" or "gloo"
     layer_spec: str  # "transformer_engine" or "local"
     reason: str
+    notes: tuple[str, ...] = ()
+    attention: Literal["auto", "flash", "fused", "unfused"] = "unfused"
+    gradient_accumulation_fusion: bool = False
+    tp_comm_overlap: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    fp8_recipe: str = "tensorwise"
+    fp8_param_gather: bool = False
+    teacher_fp8: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it, to be said at start."""
+        return [self.reason, *self.notes]
+
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a row on each rank must be a multiple of, so that FP8 matrix products can have them."""
+        if self.fp8_format is None and self.teacher_fp8 is None:
+            return 1
+        return 128 if self.fp8_recipe == "blockwise" else 16
+
+    def without_fp8(self) -> Platform:
+        """The same for a model whose weights and arithmetic are bf16."""
+        return replace(self, fp8_format=None, fp8_param_gather=False)
+
+    def on_meta(self) -> Platform:
+        """The same for shapes and names alone: Megatron's own modules on the `meta` device."""
+        return Platform(torch.device("meta"), self.backend, "local", self.reason)
 
 
-def choose() -> Platform:
-    """CUDA with Transformer Engine, CUDA with the local spec, or CPU with gloo.
+def choose(asked: Accelerator | None = None, layout: Layout | None = None, world_size: int = 1) -> Platform:
+    """What this process is to run on; installs the CPU adaptation where there is no CUDA.
 
-    Raises `MissingDependency` if megatron-core is absent, or older or newer than the measured versions.
+    Raises `MissingDependency` for megatron-core outside the measured versions, and as `decide` does.
     """
-    version = check_megatron()
-    if cpu.install():
-        return Platform(torch.device("cpu"), "gloo", "local", f"no CUDA: CPU, gloo, local layer spec, megatron-core {version}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return Platform(
-            device,
-            "nccl",
-            "transformer_engine",
-            f"CUDA: NCCL, Transformer Engine (fp32: local spec), megatron-core {version}",
-        )
-    return Platform(
-        device, "nccl", "local", f"CUDA without Transformer Engine: NCCL, local layer spec, megatron-core {version}"
+    found = probe()
+    cpu.install()
+    return decide(asked or Accelerator(), layout or Layout(), found, world_size)
+
+
+def probe() -> Probe:
+    """What is there. Raises `MissingDependency` as `check_megatron` does."""
+    megatron = check_megatron()
+    gpu = torch.cuda.is_available()
+    return Probe(
+        megatron,
+        torch.cuda.get_device_capability(_local_rank()) if gpu else None,
+        _numbers(torch.version.cuda or "0.0"),
+        _version("transformer_engine"),
+        _version("flash_attn"),
+        apex_adam=_importable("apex.optimizers"),
+        apex_wgrad=_importable("fused_weight_gradient_mlp_cuda"),
     )
+
+
+def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1) -> Platform:
+    """The table of docs/gpu.md.
+
+    Raises `MissingDependency` for what is asked for and not installed, `ConfigError` for what this GPU cannot do.
+    """
+    _require(asked, found)
+    if found.capability is None:
+        reason = f"no CUDA: CPU, gloo, local layer spec, megatron-core {found.megatron}"
+        chosen = Platform(torch.device("cpu"), "gloo", "local", reason)
+    else:
+        chosen = _on_gpu(asked, found)
+    engine = chosen.layer_spec == "transformer_engine"
+    replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
+    overlapping = found.capability is not None and replicas > 1
+    reduce = overlapping if asked.overlap_grad_reduce is None else asked.overlap_grad_reduce
+    gather = overlapping and layout.use_distributed_optimizer and reduce
+    fusion = asked.gradient_accumulation_fusion
+    recipe = asked.fp8_recipe or "tensorwise"
+    chosen = replace(
+        chosen,
+        attention=_attention(asked, layout, found, engine),
+        gradient_accumulation_fusion=(found.capability is not None and found.apex_wgrad) if fusion is None else fusion,
+        tp_comm_overlap=asked.tp_comm_overlap,
+        overlap_grad_reduce=reduce,
+        overlap_param_gather=gather if asked.overlap_param_gather is None else asked.overlap_param_gather,
+        fp8_format=asked.fp8_format,
+        fp8_recipe=recipe,
+        fp8_param_gather=asked.fp8_param_gather,
+        teacher_fp8=recipe if asked.teacher_fp8 else None,
+    )
+    return replace(chosen, notes=tuple(_notes(chosen, layout, found)))
+
+
+def _on_gpu(asked: Accelerator, found: Probe) -> Platform:
+    device = torch.device("cuda", _local_rank())
+    if asked.transformer_impl != "local" and found.transformer_engine is not None:
+        engine = f"Transformer Engine {found.transformer_engine}"
+        reason = f"CUDA: NCCL, {engine} (fp32: local spec), megatron-core {found.megatron}"
+        return Platform(device, "nccl", "transformer_engine", reason)
+    why = "without Transformer Engine" if found.transformer_engine is None else "with --transformer-impl local"
+    return Platform(device, "nccl", "local", f"CUDA {why}: NCCL, local layer spec, megatron-core {found.megatron}")
+
+
+def _attention(asked: Accelerator, layout: Layout, found: Probe, engine: bool) -> Literal["auto", "flash", "fused", "unfused"]:
+    """Transformer Engine chooses by itself among what is installed; the local spec has flash-attn's and matrix products."""
+    if engine or asked.attention_backend != "auto":
+        return asked.attention_backend
+    fits = found.capability is not None and found.flash_attn is not None and layout.bf16
+    return "flash" if fits and layout.context_parallel_size == 1 else "unfused"
+
+
+def _require(asked: Accelerator, found: Probe) -> None:
+    """Raises for what was asked for and cannot be had."""
+    of_engine = {
+        "--transformer-impl transformer_engine": asked.transformer_impl == "transformer_engine",
+        "--fp8-format": asked.fp8_format is not None,
+        "--teacher-fp8": asked.teacher_fp8,
+        "--tp-comm-overlap": asked.tp_comm_overlap,
+        "--attention-backend fused": asked.attention_backend == "fused",
+    }
+    needed = {
+        **of_engine,
+        "--attention-backend flash": asked.attention_backend == "flash",
+        "--gradient-accumulation-fusion": bool(asked.gradient_accumulation_fusion),
+    }
+    for flag, wanted in needed.items():
+        if wanted and found.capability is None:
+            raise ConfigError(f"{flag} needs a GPU, and CUDA is not available here; drop it")
+    for flag, wanted in of_engine.items():
+        if wanted and found.transformer_engine is None:
+            raise MissingDependency(
+                f"{flag} needs Transformer Engine, which is not installed; pip install 'transformer-engine[pytorch]>=2.3'"
+            )
+    if asked.attention_backend == "flash" and found.flash_attn is None:
+        raise MissingDependency("--attention-backend flash needs flash-attn, which is not installed; pip install flash-attn")
+    if asked.gradient_accumulation_fusion and not found.apex_wgrad:
+        raise MissingDependency(
+            "--gradient-accumulation-fusion needs Apex's fused_weight_gradient_mlp_cuda, which is not installed (Megatron's "
+            "output layer asks for it, whatever the layers are made of); build Apex with its CUDA extensions"
+        )
+    if asked.fp8:
+        _require_fp8(asked, found)
+
+
+def _require_fp8(asked: Accelerator, found: Probe) -> None:
+    assert found.capability is not None and found.transformer_engine is not None
+    flag = "--teacher-fp8" if asked.fp8_format is None else "--fp8-format"
+    major, minor = found.capability
+    if found.capability < _FP8_FROM:
+        raise ConfigError(
+            f"{flag}: this GPU (compute capability {major}.{minor}) has no FP8; it needs 8.9 or more, such as Hopper's 9.0"
+        )
+    recipe = asked.fp8_recipe or "tensorwise"
+    if recipe == "blockwise" and major != _BLOCKS_ON:
+        raise ConfigError(
+            f"--fp8-recipe blockwise is made for Hopper (compute capability 9.0), not {major}.{minor}; use tensorwise"
+        )
+    if recipe == "blockwise" and found.cuda < _BLOCKS_FROM_CUDA:
+        raise ConfigError(
+            f"--fp8-recipe blockwise needs CUDA 12.9, and torch is built for {found.cuda[0]}.{found.cuda[1]}; use tensorwise"
+        )
+    least = _FP8_ENGINE[recipe]
+    if _numbers(found.transformer_engine) < least:
+        raise MissingDependency(
+            f"--fp8-recipe {recipe} needs Transformer Engine {least[0]}.{least[1]}, not {found.transformer_engine}; "
+            f"pip install 'transformer-engine[pytorch]>={least[0]}.{least[1]}'"
+        )
+
+
+def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
+    gpu, engine = found.capability is not None, chosen.layer_spec == "transformer_engine"
+    attention = {
+        "auto": "attention: chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells)",
+        "flash": f"attention: flash-attn {found.flash_attn}",
+        "fused": "attention: cuDNN's, through Transformer Engine",
+        "unfused": "attention: matrix products" + ("" if engine else ", segment by segment"),
+    }[chosen.attention]
+    adam = (
+        f"Transformer Engine's FusedAdam {found.transformer_engine}"
+        if found.transformer_engine is not None
+        else "Apex's FusedAdam"
+        if found.apex_adam
+        else "torch's Adam"
+    )
+    lines = [f"{attention}; optimizer: {adam}"]
+    if gpu:
+        kernel = "" if found.apex_wgrad else " (fused_weight_gradient_mlp_cuda is not installed)"
+        off = {
+            "gradient accumulation fusion": (chosen.gradient_accumulation_fusion, kernel),
+            "overlapped gradient reduction": (chosen.overlap_grad_reduce, ""),
+            "overlapped parameter gathering": (chosen.overlap_param_gather, ""),
+            "overlapped TP communication": (chosen.tp_comm_overlap, " (would pad rows to one length)"),
+        }
+        lines.append(", ".join(f"{name} {'on' if on else 'off' + why}" for name, (on, why) in off.items()))
+    if chosen.fp8_format is not None:
+        kept = "FP8, fp32 in the optimizer" if chosen.fp8_param_gather else "bf16"
+        lines.append(
+            f"FP8: the student's layers in {chosen.fp8_format}, {chosen.fp8_recipe} scaling, weights kept in {kept}; "
+            "embedding, norms, attention scores, head and losses are not in FP8"
+        )
+    if chosen.teacher_fp8 is not None:
+        lines.append(f"FP8: the teacher's layers in e4m3, {chosen.teacher_fp8} scaling, its head and weights in bf16")
+    if chosen.row_multiple > 1:
+        lines.append(f"FP8: rows are padded to multiples of {chosen.row_multiple} tokens on each rank")
+    return lines
 
 
 def check_megatron() -> str:
@@ -66,3 +274,29 @@ def check_megatron() -> str:
             "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"
         )
     return version
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _version(package: str) -> str | None:
+    if not _importable(package):
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # built in place
+        return str(getattr(importlib.import_module(package), "__version__", "0"))
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, _, rest = version.partition(".")
+    minor = rest.partition(".")[0]
+    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from unisd_megatron.batch import View
 from unisd_megatron.grid import Grid
 from unisd_megatron.losses.collectives import deal_rows, enter_shards, gather_rows
+from unisd_megatron.mcore import userbuffers
 from unisd_megatron.mcore.attention import packed_seq_params
 
 Said = TypeVar("Said")
@@ -76,8 +78,11 @@ def learn(chunks: Sequence[torch.nn.Module], views: Sequence[View], loss: Callab
 def _run(
     chunks: Sequence[torch.nn.Module], views: Sequence[View], loss_func: Callable[..., Any], grid: Grid, **how: Any
 ) -> list[Any]:
-    if len(chunks) > 1 and len({view.tokens.shape for view in views}) > 1:
-        raise ValueError("the interleaved schedule takes rows of one length; lay them out with Form(equal_lengths=True)")
+    config = get_model_config(chunks[0])
+    if (len(chunks) > 1 or config.tp_comm_overlap) and len({view.tokens.shape for view in views}) > 1:
+        raise ValueError("this schedule takes rows of one length; lay them out with Form(equal_lengths=True)")
+    if config.tp_comm_overlap:
+        userbuffers.fit(config, views[0].tokens.numel())
 
     def forward_step(items: Iterator[tuple[int, View]], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         i, view = next(items)

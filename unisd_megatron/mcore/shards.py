@@ -53,6 +53,11 @@ class StageShards:
         """Memory of the pieces."""
         return sum(row.values.untyped_storage().nbytes() for row in self._rows)
 
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """`(canonical name, start, stop)`: the elements of each of this rank's shards, flat, that its pieces hold."""
+        for row in self._rows:
+            yield from row.spans()
+
     def take(self, shards: Named) -> None:
         for row, part in zip(self._rows, self._divided(shards), strict=True):
             row.take(part)
@@ -164,6 +169,15 @@ class WeightShards:
         whole = {name: torch.empty(shape, dtype=self.values.dtype, device=device) for name, shape in self._shapes.items()}
         self.write_(whole.items())
         return whole
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """See `StageShards.spans`."""
+        flat = [torch.empty(shape.numel(), device="meta") for shape in self._shapes.values()]
+        names = {id(tensor): name for tensor, name in zip(flat, self._shapes, strict=True)}
+        for _, parts in self._mine(flat):
+            for segment, _ in parts:
+                start = segment.storage_offset()
+                yield names[id(segment._base)], start, start + segment.numel()
 
     def _piece_size(self, start: int, stop: int) -> int:
         return -(-(stop - start) // self.axis.size)

@@ -26,9 +26,8 @@ Described: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 
 def empty_stage(arch: Arch, layout: Layout, platform: Platform, grid: Grid) -> Stage:
     """This rank's stage on the `meta` device: shapes and names, no memory. With the local layer spec. Collective."""
-    nowhere = dataclasses.replace(platform, device=torch.device("meta"), layer_spec="local")
     with torch.device("meta"):
-        return build(arch, layout, nowhere, grid)
+        return build(arch, layout, platform.on_meta(), grid)
 
 
 def checkpoint_metadata(**more: bool) -> dict[str, Any]:

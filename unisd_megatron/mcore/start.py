@@ -81,11 +81,15 @@ def _replica_group(layout: Layout, timeout_minutes: float) -> dist.ProcessGroup:
 
     if layout.context_parallel_size == 1:
         return parallel_state.get_model_parallel_group()
-    mine = torch.tensor([parallel_state.get_data_parallel_rank()])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    replicas = [int(one) for one in everyone]
-    members = [[rank for rank, replica in enumerate(replicas) if replica == number] for number in sorted(set(replicas))]
+    ranks = parallel_state.RankGenerator(
+        tp=layout.tensor_model_parallel_size,
+        ep=1,
+        dp=parallel_state.get_data_parallel_world_size(),
+        pp=layout.pipeline_model_parallel_size,
+        cp=layout.context_parallel_size,
+        order="tp-cp-ep-dp-pp",  # of `initialize_model_parallel`
+    )
+    members = ranks.get_ranks("tp-cp-pp")
     group, _ = dist.new_subgroups_by_enumeration(members, timeout=datetime.timedelta(minutes=timeout_minutes))
     return group
 

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint import CheckpointException
 from unisd_megatron.errors import CheckpointError
 from unisd_megatron.mcore import optimizer_state, teacher_state
 from unisd_megatron.mcore.model import Stage
+from unisd_megatron.mcore.precision import is_quantized
 from unisd_megatron.mcore.reading import read_metadata
-from unisd_megatron.mcore.skeleton import checkpoint_metadata
+from unisd_megatron.mcore.skeleton import checkpoint_metadata, parameters
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
 from unisd_megatron.mcore.writing import Background, write
@@ -42,6 +43,8 @@ def save(
     Raises `CheckFailed`, on every rank, where a rank could not write.
     """
     state = _state(model, student, teacher, is_loading=False)
+    if student is not None:
+        _state_exactly(state[STUDENT], student)
     if background is None:
         write(folder, state)
     else:
@@ -77,6 +80,15 @@ def load(folder: Path, model: Stage, student: Student | None = None, teacher: Te
         optimizer_state.restore(student.optimizer, loaded[OPTIMIZER])
     if teacher is not None and teacher.kind != "live":
         teacher.restore(loaded[TEACHER])
+
+
+def _state_exactly(of_model: ShardedStateDict, student: Student) -> None:
+    """Weights that are kept in FP8 are written as they leave the student; the optimizer has found its parameters by then."""
+    entries = parameters(student.model, of_model, f"{STUDENT}.")
+    with student.in_full():
+        for name, weight in student.named_shards():
+            if name in entries and entries[name].data is not weight and is_quantized(entries[name].data):
+                entries[name].data = weight
 
 
 def _state(model: Stage, student: Student | None, teacher: Teacher | None, *, is_loading: bool) -> ShardedStateDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,30 +17,51 @@ from unisd_megatron.config import Layout, Optimization
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.distributed_adam import make_torch_adam_reshardable
+from unisd_megatron.mcore.exact import exact_weights
 from unisd_megatron.mcore.model import Stage
+from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.precision import is_quantized
 
 
 class Student:
     """The model being trained; one pipeline stage of it on each rank.
 
-    Attributes: model: the stage, unwrapped; optimizer: Megatron's. Gradients live in DDP's buffers (`main_grad`, fp32).
+    Attributes: model: the stage, unwrapped; optimizer: Megatron's. Gradients live in DDP's buffers (`main_grad`, fp32);
+    row_multiple: of tokens in a row of it and of its teacher, on each rank.
+    Args: platform: what is overlapped and kept in FP8; None: nothing.
     """
 
-    def __init__(self, model: Stage, layout: Layout, optimization: Optimization, max_steps: int, grid: Grid) -> None:
+    def __init__(
+        self,
+        model: Stage,
+        layout: Layout,
+        optimization: Optimization,
+        max_steps: int,
+        grid: Grid,
+        platform: Platform | None = None,
+    ) -> None:
         make_torch_adam_reshardable()
         self.model = model
         self.grid = grid
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=layout.use_distributed_optimizer,
-            check_for_nan_in_grad=False,  # the run checks the loss terms and the gradient norm, and says where
-        )
+        self.row_multiple = 1 if platform is None else platform.row_multiple
+        self._in_full: dict[str, Tensor] = {}
+        self._gathers = platform is not None and platform.overlap_param_gather
+        self._on_their_way = False
+        ddp_config = distributed_config(layout, platform)
         self._ddp = [
             DistributedDataParallel(model.config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(model.chunks)
         ]
-        self.optimizer = get_megatron_optimizer(optimizer_config(layout, optimization), self._ddp)
+        if self._gathers:
+            for ddp in self._ddp:
+                # Its hooks would gather layer by layer as the forward pass gets there; weights are read by others before, and
+                # the head by none that has a hook. All are gathered after the step and awaited by the first who reads.
+                ddp.disable_forward_pre_hook(param_sync=False)
+            model.settle = self._settle
+        if ddp_config.overlap_grad_reduce:
+            pauses = [ddp.no_sync for ddp in self._ddp]
+            model.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+        self.optimizer = get_megatron_optimizer(optimizer_config(layout, optimization, platform), self._ddp)
         self._scheduler = _scheduler(self.optimizer, optimization, max_steps)
         model.config.grad_scale_func = self.optimizer.scale_loss
         # The loss arrives normalised over the global batch: reduce gradients, divide by nothing.
@@ -49,6 +71,7 @@ class Student:
 
     def learn(self, views: Sequence[View], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of `loss(i, rows)` over micro-batches and replicas. Collective over all ranks."""
+        self.model.settle()
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -60,7 +83,43 @@ class Student:
         self._scheduler.step(0)
         rate = self._scheduler.get_lr(self.optimizer.param_groups[0])
         self.optimizer.step()
+        if self._gathers:
+            for ddp in self._ddp:
+                ddp.start_param_sync()
+            self._on_their_way = True
         return float(rate)
+
+    def _settle(self) -> None:
+        """Waits for the weights that `step` has sent for. Not collective: every rank has begun to gather."""
+        if self._on_their_way:
+            self._on_their_way = False
+            for ddp in self._ddp:
+                for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    @contextlib.contextmanager
+    def in_full(self) -> Iterator[None]:
+        """While open, `named_shards` has exact values of weights that are kept in FP8. Collective over data-parallel ranks.
+
+        Costs 2 bytes for each such weight of the stage, and nothing where no weight is kept so.
+        """
+        parameters = list(self.model.named_shards())
+        if any(is_quantized(parameter) for _, parameter in parameters):
+            exact = exact_weights(self.optimizer, [parameter for _, parameter in parameters if is_quantized(parameter)])
+            self._in_full = {name: exact[parameter] for name, parameter in parameters if parameter in exact}
+        try:
+            yield
+        finally:
+            self._in_full = {}
+
+    def named_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's weights as they leave the student, by canonical name: parameters, or the fp32 main parameters rounded to
+        bf16 where those are kept in FP8. Inside of `in_full` then.
+        """
+        for name, parameter in self.model.named_shards():
+            if is_quantized(parameter) and name not in self._in_full:
+                raise RuntimeError(f"{name} is kept in FP8: its exact value is there inside of `Student.in_full` only")
+            yield name, self._in_full.get(name, parameter)
 
     def gradient_norm(self) -> float:
         """The global norm before clipping, over all parameters of all ranks. Collective over all ranks."""
@@ -73,7 +132,19 @@ class Student:
             yield name, parameter.main_grad
 
 
-def optimizer_config(layout: Layout, optimization: Optimization) -> OptimizerConfig:
+def distributed_config(layout: Layout, platform: Platform | None = None) -> DistributedDataParallelConfig:
+    """How gradients and weights cross data-parallel ranks."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=platform is not None and platform.overlap_grad_reduce,
+        overlap_param_gather=platform is not None and platform.overlap_param_gather,
+        fp8_param_gather=platform is not None and platform.fp8_param_gather,
+        use_distributed_optimizer=layout.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the run checks the loss terms and the gradient norm, and says where
+    )
+
+
+def optimizer_config(layout: Layout, optimization: Optimization, platform: Platform | None = None) -> OptimizerConfig:
     """AdamW as Megatron's optimizer configuration."""
     return OptimizerConfig(
         optimizer="adam",
@@ -87,6 +158,8 @@ def optimizer_config(layout: Layout, optimization: Optimization) -> OptimizerCon
         bf16=layout.bf16,
         params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
         use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_param_gather=platform is not None and platform.overlap_param_gather,
+        fp8_recipe=None if platform is None or platform.fp8_format is None else platform.fp8_recipe,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.model import Stage
+from unisd_megatron.mcore.precision import Precision, as_built, in_weights_dtype
 from unisd_megatron.mcore.schedule import Said
 from unisd_megatron.mcore.shards import StageShards
+
+
+class Followed(Protocol):
+    """What an average follows: a `Student`, or its stage."""
+
+    def named_shards(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class Teacher:
@@ -30,7 +37,8 @@ class Teacher:
     Attributes: shards: this rank's 1/DP of them: fp32 of an `ema` teacher, the weights' dtype of a frozen one that borrows
     the student's module, None where the module holds all there is.
     Args: model: the teacher's own module, or the student's when `kind` is "live" or `memory` not "beside" (with the teacher's
-    first weights in it); beta: EMA weight of the old teacher; every: optimizer steps between updates.
+    first weights in it); beta: EMA weight of the old teacher; every: optimizer steps between updates; precision: what it reads
+    in, its weights' dtype if left out (a live one: as the student).
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class Teacher:
         beta: float = 0.0,
         every: int = 0,
         memory: Literal["beside", "swap", "host"] = "beside",
+        precision: Precision | None = None,
     ) -> None:
         self.model = model
         self.kind = kind
@@ -48,6 +57,8 @@ class Teacher:
         self._beta, self._every = beta, every
         self._borrows = kind != "live" and memory != "beside"
         self._on_host = memory == "host"
+        self._exactly: Precision = as_built if kind == "live" else in_weights_dtype
+        self._precision: Precision = precision or self._exactly
         self._head: Tensor | None = None
         # Weights of its own keep `requires_grad`, which nothing uses: Megatron's linear layers add the bias of frozen weights
         # in another order, and where a teacher is kept would show in its last digits.
@@ -56,9 +67,17 @@ class Teacher:
             dtype = torch.float32 if kind == "ema" else None
             self.shards = StageShards(model.named_shards(), grid, dtype=dtype, on_host=self._on_host)
 
-    def score(self, views: Sequence[View], listen: Callable[[int, Tensor], Said]) -> list[Said]:
-        """Reads the views in one forward-only schedule; see `schedule.score`. With borrowed weights also collective over DP."""
-        with self._weights_in_place():
+    def score(self, views: Sequence[View], listen: Callable[[int, Tensor], Said], *, exactly: bool = False) -> list[Said]:
+        """Reads the views in one forward-only schedule; see `schedule.score`. With borrowed weights also collective over DP.
+
+        Args: exactly: in the dtype of its weights, whatever it reads in otherwise.
+        """
+        precision = self._exactly if exactly else self._precision
+        self.model.settle()
+        self._head = None
+        with self.in_place(), precision(self.model):
+            if self._borrows and self.grid.is_last_stage:
+                self._head = self.model.head_weight().detach().clone()
             return schedule.score(self.model.chunks, views, listen, self.grid)
 
     def head_weight(self) -> Tensor:
@@ -71,14 +90,18 @@ class Teacher:
         assert self._head is not None, "a teacher that borrows its weights has a head once it has read"
         return self._head
 
-    def follow(self, student: Stage, steps_done: int) -> bool:
+    def is_due(self, steps_done: int) -> bool:
+        """Whether `follow` would move it."""
+        return self.kind == "ema" and steps_done % self._every == 0
+
+    def follow(self, student: Followed, steps_done: int) -> bool:
         """Moves the teacher towards the student if an update is due after `steps_done` optimizer steps.
 
         theta_T <- beta theta_T + (1 - beta) theta_S (paper, eq. 3) in fp32 on this rank's 1/DP; then, with weights of its own,
         cast and gathered into them (collective over DP). Raises `CheckFailed` if student and teacher do not match parameter
         by parameter. Returns whether it moved.
         """
-        if self.kind != "ema" or steps_done % self._every:
+        if not self.is_due(steps_done):
             return False
         assert self.shards is not None
         self.shards.mix_(student.named_shards(), self._beta)
@@ -86,7 +109,7 @@ class Teacher:
             self.shards.write_(self.model.named_shards())
         return True
 
-    def distance(self, student: Stage) -> float:
+    def distance(self, student: Followed) -> float:
         """||theta_T - theta_S|| / ||theta_S|| of an `ema` teacher, over all weights of the model, each counted once.
 
         The same number at any layout, on every rank. Collective over all ranks: two numbers; each reads 1/DP of its weights.
@@ -125,7 +148,7 @@ class Teacher:
             parameter.copy_(weights[name])
 
     @contextlib.contextmanager
-    def _weights_in_place(self) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
         """The module holds the teacher's weights; afterwards, whatever happens, the student's again, bit for bit."""
         if not self._borrows:
             yield
@@ -134,10 +157,7 @@ class Teacher:
         # Made anew for each pass: the student's backward, the step's peak of memory, does not have it.
         aside = StageShards(self.model.named_shards(), self.grid, on_host=self._on_host)
         try:
-            self._head = None
             self.shards.write_(self.model.named_shards())
-            if self.grid.is_last_stage:
-                self._head = self.model.head_weight().detach().clone()
             yield
         finally:
             aside.write_(self.model.named_shards())

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
 from unisd_megatron.errors import CheckpointError
+from unisd_megatron.mcore.skeleton import parameters
 from unisd_megatron.mcore.teacher import Teacher
 
 
@@ -22,7 +22,6 @@ def describe(teacher: Teacher, prefix: str, metadata: dict[str, Any], *, is_load
     gathers content, 4 bytes of host memory per weight of its stage. A reader holds as much for a moment, on every rank.
     Raises `CheckpointError` if a weight of the teacher would not be in the checkpoint.
     """
-    names = {parameter.data_ptr(): name for name, parameter in teacher.model.named_shards()}
     dtype = None if teacher.shards is None else teacher.shards.dtype
     content = (
         {
@@ -32,16 +31,13 @@ def describe(teacher: Teacher, prefix: str, metadata: dict[str, Any], *, is_load
         if is_loading
         else teacher.weights()
     )
-    entries = {}
-    for entry in nested_values(teacher.model.sharded_state_dict(prefix=prefix, metadata=metadata)):
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data is None:
-            continue
-        name = names.get(entry.data.data_ptr())
-        if name is not None:
-            entry.data = content[name].view(entry.data.shape)
-            if isinstance(entry, ShardedTensor):
-                entry.dtype = content[name].dtype
-            entries[name] = entry
+    state = teacher.model.sharded_state_dict(prefix=prefix, metadata=metadata)
+    entries = parameters(teacher.model, state, prefix)
+    for name, entry in entries.items():
+        assert entry.data is not None
+        entry.data = content[name].view(entry.data.shape)
+        if isinstance(entry, ShardedTensor):
+            entry.dtype = content[name].dtype
     missing = sorted(content.keys() - entries.keys())
     if missing:
         raise CheckpointError(f"the checkpoint would miss the teacher's {missing[0]} and {len(missing) - 1} more")

@@ -50,10 +50,15 @@ class LossSettings:
     released: bool = False
     path: Literal["fused", "fused_torch", "materialized"] = "fused"
     importance_cap: float | None = None
+    entry_clip: float | None = None
+    likelihood: bool = False
+    skipped_tokens: int = 0
 
     @property
     def teacher_views(self) -> dict[str, float]:
         """The views the teacher must read, with the temperature of each (auxiliary views use 1, as released)."""
+        if self.likelihood:
+            return {}
         views = {TEACHER: self.temperature}
         if self.agreement is not None and self.gamma > 0:
             views |= {auxiliary(k): 1.0 for k in range(self.views)}
@@ -67,7 +72,7 @@ def loss_settings(run: Run) -> LossSettings:
     objective = run.objective
     return LossSettings(
         alpha=objective.alpha,
-        temperature=run.rollout.temperature,
+        temperature=1.0 if run.method.likelihood else run.rollout.temperature,
         divergence_weight=run.divergence_weight,
         token_clip=objective.token_clip,
         token_clip_quantile=objective.token_clip_quantile,
@@ -81,6 +86,9 @@ def loss_settings(run: Run) -> LossSettings:
         released=objective.semantics == "released",
         path=objective.loss_path,
         importance_cap=run.rollout.importance_sampling_cap,
+        entry_clip=objective.entry_clip,
+        likelihood=run.method.likelihood,
+        skipped_tokens=run.rollout.num_loss_tokens_to_skip,
     )
 
 
@@ -96,12 +104,12 @@ class Heard:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the student's pass adds for the tokens that are mine; 0 elsewhere."""
+    """What the student's pass adds for the tokens that are mine; 0 elsewhere. Without a teacher: its log-probs alone."""
 
-    divergence: Tensor  # [B, T], gradient to the student
     student_log_probs: Tensor  # [B, T] of the sampled token, gradient to the student
-    teacher_log_probs: Tensor  # [B, T]
-    entropy: Tensor  # [B, T] of the student
+    divergence: Tensor | None = None  # [B, T], gradient to the student
+    teacher_log_probs: Tensor | None = None  # [B, T]
+    entropy: Tensor | None = None  # [B, T] of the student
     feature: Tensor | None = None  # [B, T] distance of final-layer hidden states, gradient to the student
     importance: Tensor | None = None  # [B, T] truncated ratio of the student's to the sampling engine's probability
 
@@ -184,11 +192,15 @@ class Objective:
         mine: Tensor = shares.heard.mine
         # Every term is a mean over the tokens that were sampled; the ratio makes it one over tokens the student would sample.
         counted = mine if stats.importance is None else mine * stats.importance
-        tally.check_finite("divergence", stats.divergence)
         tally.check_finite("agreement weights", shares.weights * mask)
         terms = {}
+        if settings.likelihood:
+            tally.check_finite("log-likelihood", stats.student_log_probs)
+            terms["loss/likelihood"] = -(shares.main * self._per_sequence(stats.student_log_probs * counted, mask)).sum()
+        else:
+            tally.check_finite("divergence", _given(stats.divergence))
         if settings.divergence_weight:
-            divergence = self._clip(stats.divergence, mine, tally)
+            divergence = self._clip(_given(stats.divergence), mine, tally)
             main = self._per_sequence(divergence * counted, shares.weights * mask)
             terms["loss/divergence"] = settings.divergence_weight * (shares.main * main).sum()
         if settings.contrastive_weight:
@@ -233,18 +245,22 @@ class Objective:
     def _contrast(self, stats: TokenStats, shares: Shares, tally: Tally) -> Tensor:
         mask, negative = shares.heard.mine, _given(shares.heard.negative)
         hinge = contrastive_hinge(
-            stats.student_log_probs, stats.teacher_log_probs, negative, margin=self.settings.contrastive_margin
+            stats.student_log_probs, _given(stats.teacher_log_probs), negative, margin=self.settings.contrastive_margin
         )
         tally.check_finite("contrastive hinge", hinge * mask)
         student = stats.student_log_probs.detach()
         tally.add_mean("contrastive/hinge", hinge, mask)
-        tally.add_mean("contrastive/positive_distance", (student - stats.teacher_log_probs).abs(), mask)
+        tally.add_mean("contrastive/positive_distance", (student - _given(stats.teacher_log_probs)).abs(), mask)
         tally.add_mean("contrastive/negative_distance", (student - negative).abs(), mask)
         tally.add_mean("contrastive/margin_violations", (hinge > 0).float(), mask)
         return hinge
 
     def _report(self, stats: TokenStats, shares: Shares, tally: Tally) -> None:
         mask = shares.heard.mine
+        if stats.divergence is None or stats.teacher_log_probs is None or stats.entropy is None:
+            tally.add_mean("nll/mean", -stats.student_log_probs, mask)
+            tally.add_max("nll/max", -stats.student_log_probs, mask)
+            return
         gap = (stats.teacher_log_probs - stats.student_log_probs.detach()).clamp(-50, 50)
         tally.add_mean("divergence/mean", stats.divergence, mask)
         tally.add_max("divergence/max", stats.divergence, mask)

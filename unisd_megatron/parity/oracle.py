@@ -37,25 +37,35 @@ def step_loss(
 
     Args: heard: what is said behind each view of each sample: by the student behind its own, else by the teacher.
     """
-    kept = [i for i, s in enumerate(samples) if not (mask_truncated and s.completion.finish_reason == "length")]
-    tokens = {i: torch.tensor(samples[i].completion.token_ids) for i in kept}
+    skip = settings.skipped_tokens
+    kept = [
+        i
+        for i, s in enumerate(samples)
+        if s.counts and not (mask_truncated and s.completion.finish_reason == "length") and len(s.completion.token_ids) > skip
+    ]
+    tokens = {i: torch.tensor(samples[i].completion.token_ids[skip:]) for i in kept}
+    heard = [{name: Said(said.logits[skip:], said.hidden[skip:]) for name, said in views.items()} for views in heard]
     token_weights, sequence_weights = _agreement({i: heard[i] for i in kept}, tokens, settings)
     total = torch.zeros((), dtype=torch.float64)
     for i in kept:
         of_student, of_teacher = heard[i][STUDENT], heard[i][TEACHER]
-        divergence = _divergence(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        if settings.likelihood:
+            total = total - log_prob(of_student.logits, tokens[i], 1.0).mean() / len(kept)
+            continue
+        entries = contributions(of_student.logits, of_teacher.logits, settings.alpha, settings.temperature)
+        value = (entries if settings.entry_clip is None else entries.clamp(max=settings.entry_clip)).sum(-1)
         if settings.token_clip is not None:
-            divergence = divergence.clamp(max=settings.token_clip)
-        ratio = torch.ones_like(divergence)
-        if settings.importance_cap is not None:
-            sampled = _log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
-            ratio = (sampled - torch.tensor(samples[i].completion.log_probs)).exp().clamp(max=settings.importance_cap)
+            value = value.clamp(max=settings.token_clip)
+        ratio = torch.ones_like(value)
+        if settings.importance_cap is not None and samples[i].completion.log_probs:
+            sampled = log_prob(of_student.logits.detach(), tokens[i], settings.temperature)
+            ratio = (sampled - torch.tensor(samples[i].completion.log_probs[skip:])).exp().clamp(max=settings.importance_cap)
         weights = token_weights[i]
-        main = (weights * ratio * divergence).sum() / weights.sum()
+        main = (weights * ratio * value).sum() / weights.sum()
         total = total + settings.divergence_weight * sequence_weights[i] * main / sum(sequence_weights.values())
         if settings.contrastive_weight:
             s, p, n = (
-                _log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
+                log_prob(said.logits, tokens[i], settings.temperature) for said in (of_student, of_teacher, heard[i][NEGATIVE])
             )
             hinge = (settings.contrastive_margin + (s - p).abs() - (s - n).abs()).clamp(min=0)
             total = total + settings.contrastive_weight * (ratio * hinge).mean() / len(kept)
@@ -65,18 +75,19 @@ def step_loss(
     return total
 
 
-def _log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).log_softmax(-1)[torch.arange(len(tokens)), tokens]
 
 
-def _divergence(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
+def contributions(student: Tensor, teacher: Tensor, alpha: float, temperature: float) -> Tensor:
+    """What each entry of the vocabulary contributes to the divergence, `[T, V]`."""
     log_s, log_t = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     if alpha == 0:
-        return (log_t.exp() * (log_t - log_s)).sum(-1)
+        return log_t.exp() * (log_t - log_s)
     if alpha == 1:
-        return (log_s.exp() * (log_s - log_t)).sum(-1)
+        return log_s.exp() * (log_s - log_t)
     log_m = ((1 - alpha) * log_s.exp() + alpha * log_t.exp()).log()
-    return alpha * (log_t.exp() * (log_t - log_m)).sum(-1) + (1 - alpha) * (log_s.exp() * (log_s - log_m)).sum(-1)
+    return alpha * log_t.exp() * (log_t - log_m) + (1 - alpha) * log_s.exp() * (log_s - log_m)
 
 
 def _agreement(
@@ -89,7 +100,7 @@ def _agreement(
     if settings.agreement is None or settings.gamma <= 0:
         return token_weights, sequence_weights
     views = {
-        i: torch.stack([_log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)])
+        i: torch.stack([log_prob(heard[i][auxiliary(k)].logits, ids, 1.0) for k in range(settings.views)])
         for i, ids in tokens.items()
     }
     if settings.agreement == "sequence":

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.families import FAMILIES
 from unisd_megatron.mcore import platform as platforms
 from unisd_megatron.mcore import start, store
+from unisd_megatron.processes import kill
 from unisd_megatron.resolve import resolve
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.metrics import METRICS_FILE, read_metrics
@@ -181,31 +180,6 @@ def start_leg(plan: Plan, name: str, output: Path, **more: Any) -> Iterator[Leg]
         yield Leg(process, log, output, abandoned, journal)
     finally:
         kill(process)
-
-
-def kill(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to torchrun and to all it started, and waits until they are gone. Does nothing if it has ended."""
-    if launcher.poll() is not None:
-        return
-    os.kill(launcher.pid, signal.SIGSTOP)  # it must not start, stop or reap ranks while they are counted
-    members = psutil.Process(launcher.pid).children(recursive=True)
-    # torchrun gives each rank a process group of its own, in which the rank's forked writers are too.
-    groups = {launcher.pid}
-    for member in members:
-        with contextlib.suppress(ProcessLookupError):
-            groups.add(os.getpgid(member.pid))
-    for group in groups:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-    launcher.wait()
-    while any(_runs(member) for member in members):  # until then it might still write into the run's folder
-        time.sleep(0.01)
-
-
-def _runs(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 def prove(plan: Plan, say: Callable[[str], None]) -> list[str]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from unisd_megatron.config import CACHE_SETTINGS, CacheKind, Caches, Data
+from unisd_megatron.caches import CACHE_SETTINGS, CacheKind, Caches
+from unisd_megatron.config import Data
 from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, open_source
-from unisd_megatron.data import TASKS, Record, Task
+from unisd_megatron.data import Record, Task
 from unisd_megatron.data.contexts import pool_of
 from unisd_megatron.data.task import Semantics
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.mcore import platform as platforms
+from unisd_megatron.prepare import needs
 from unisd_megatron.prepare.cache import FORMAT
 
 
@@ -33,13 +34,7 @@ class Order:
     @cached_property
     def task(self) -> Task:
         """Raises `ConfigError` for one that is not known, or that is not trained on."""
-        if self.data.dataset not in TASKS:
-            raise ConfigError(f"unknown --dataset {self.data.dataset!r}; use one of {', '.join(TASKS)}")
-        task = TASKS[self.data.dataset](self.semantics)
-        if "train" not in task.splits:
-            known = ", ".join(name for name, one in TASKS.items() if "train" in one.splits)
-            raise ConfigError(f"--dataset {task.name} is for evaluation only; train on one of {known}")
-        return task
+        return needs.task_of(self.data, self.semantics)
 
     @cached_property
     def pool(self) -> list[Record]:
@@ -79,16 +74,7 @@ class Order:
 
     def command(self, kind: CacheKind) -> str:
         """The command line that prepares this."""
-        words = ["unisd", "prepare", kind, "--dataset", self.data.dataset or ""]
-        model = None if kind == "embeddings" else self.model_name
-        stated = {"data_path": self.data.data_path, "num_train_examples": self.data.num_train_examples, "model_name": model}
-        stated |= {"semantics": self.semantics if self.semantics != "corrected" else None}
-        for item in fields(Caches):
-            if item.name in CACHE_SETTINGS[kind] | {"cache_dir"}:
-                value = getattr(self.caches, item.name)
-                stated[item.name] = value if value != item.default else None
-        words += [word for name, value in stated.items() if value is not None for word in (f"--{name}", str(value))]
-        return shlex.join(words)
+        return needs.command(kind, self.data, self.caches, self.semantics, self.model_name)
 
 
 def missing(order: Order, kind: CacheKind, path: Path) -> ConfigError:

@@ -72,6 +72,8 @@ class ReplayEngine:
             row = recorded.get(request.seed)
             if row is None or tuple(row["prompt"]) != request.prompt:
                 raise DataError(f"{path}: no completion for {request.example_id}; was it recorded with the same seed and data?")
+            if len(row["log_probs"]) != len(row["completion"]):
+                raise DataError(f"{path}: the completion for {request.example_id} is a reference, which nothing sampled")
             said = Completion(tuple(row["completion"]), tuple(row["log_probs"]), row["finish_reason"], row.get("version", 0))
             out.append(said)
         return out

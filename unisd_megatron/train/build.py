@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,25 +15,27 @@ from unisd_megatron.config import Run
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Sampler, Task, build_examples
-from unisd_megatron.data.tokens import encode_examples, encode_prompt
+from unisd_megatron.data.tokens import encode_examples, encode_prompt, encode_references
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.grid import Grid
+from unisd_megatron.mcore.layers import engine_covers
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
+from unisd_megatron.mcore.precision import in_fp8
 from unisd_megatron.mcore.student import Student
 from unisd_megatron.mcore.teacher import Teacher
-from unisd_megatron.mechanisms.histograms import EDGES
 from unisd_megatron.mechanisms.objective import Objective, loss_settings
 from unisd_megatron.prepare.supplies import order_of, supplies
 from unisd_megatron.rollout.engine import RolloutEngine, Sampling
 from unisd_megatron.rollout.replay import ReplayEngine
 from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.rollout.transformers import TransformersEngine
+from unisd_megatron.train.filtering import SampleFilter
 from unisd_megatron.train.learner import Learner
-from unisd_megatron.train.rollouts import Rollouts
+from unisd_megatron.train.rollouts import Origin, Rollouts
 from unisd_megatron.train.step import Parts
 from unisd_megatron.train.sync import Sync
-from unisd_megatron.validation import server_urls, validate
+from unisd_megatron.validation import needs_engine, samples, server_urls, validate
 from unisd_megatron.weights.buckets import WeightStream
 from unisd_megatron.weights.hf import eos_ids
 
@@ -50,11 +51,13 @@ class Prepared:
     prompts: list[Prompts]
     max_steps: int
     notes: list[str]
+    sample_filter: SampleFilter | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the run itself beside its settings, as checkpoints record it."""
-        digest = hashlib.sha256(repr([(one.id, sorted(one.views.items())) for one in self.prompts]).encode()).hexdigest()
+        told = [(one.id, sorted(one.views.items()), *([one.reference] if one.reference else [])) for one in self.prompts]
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()
         return {"data": digest[:16], "max_steps": self.max_steps}
 
 
@@ -71,6 +74,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
     order = order_of(run)
     task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)
+    _check_accelerator(run, source)
     tokenizer = load_tokenizer(source)
     records = order.pool
     views = loss_settings(run).views if run.agreement is not None else 0
@@ -89,9 +93,18 @@ def prepare(run: Run, world_size: int) -> Prepared:
         first=run.data.num_train_examples,
     )
     prompts, too_long = encode_examples(tokenizer, examples, run.data.max_prompt_length)
+    ends = eos_ids(source.path)
+    dropped = f"dropped: {too_long} too long, {without_negative} without a negative"
+    by_id = {record.id: record for record in order.records}
+    if run.method.completions in ("reference", "mixed"):
+        texts = {name: task.reference(record) for name, record in by_id.items()}
+        prompts, too_long = encode_references(tokenizer, prompts, texts, ends, run.rollout.max_completion_length)
+        dropped += f", {too_long} with a reference longer than --max_completion_length"
+    chosen = run.rollout.sample_filter
+    sample_filter = None if chosen is None else SampleFilter(chosen, task, by_id, tokenizer, ends)
     _check_length(prompts, run, source)
     _check_held_out(task, tokenizer, run)
-    notes = [f"{len(prompts)} examples of {task.name}; dropped: {too_long} too long, {without_negative} without a negative"]
+    notes = [f"{len(prompts)} examples of {task.name}; {dropped}"]
     if run.agreement is not None and views == 1:
         notes.append("warning: with one auxiliary context nothing can disagree; all agreement weights are 1")
     if teacher_kind(run) != run.teacher.teacher:
@@ -99,7 +112,36 @@ def prepare(run: Run, world_size: int) -> Prepared:
     max_steps = run.schedule.max_steps or max(
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
-    return Prepared(source, tokenizer, eos_ids(source.path), task, prompts, max_steps, notes)
+    return Prepared(source, tokenizer, ends, task, prompts, max_steps, notes, sample_filter)
+
+
+def _check_accelerator(run: Run, source: Source) -> None:
+    """What is asked of Transformer Engine must suit the model."""
+    asked, arch, shards = run.accelerator, source.arch, run.layout.tensor_model_parallel_size
+    wanted = {
+        "--fp8-format": asked.fp8_format is not None,
+        "--teacher-fp8": asked.teacher_fp8,
+        "--tp-comm-overlap": asked.tp_comm_overlap,
+        "--transformer-impl transformer_engine": asked.transformer_impl == "transformer_engine",
+        "--attention-backend fused": asked.attention_backend == "fused",
+    }
+    flags = [flag for flag, on in wanted.items() if on]
+    if flags and not engine_covers(arch):
+        raise ConfigError(
+            f"{flags[0]} is Transformer Engine's, and the layers of {run.model_name} are built from local modules; drop it"
+        )
+    widths = {
+        "hidden size": arch.hidden_size,
+        "feed-forward width": arch.ffn_hidden_size / shards,
+        "attention's width": arch.num_attention_heads * arch.head_dim / shards,
+        "key-value width": 2 * arch.num_query_groups * arch.head_dim / shards,
+    }
+    odd = [f"{name} {size:g}" for name, size in widths.items() if size % 16]
+    if asked.fp8 and odd:
+        raise ConfigError(
+            f"{flags[0]}: FP8 matrix products take multiples of 16, and with --tensor-model-parallel-size {shards} a rank of "
+            f"{run.model_name} has {odd[0]}; lower it, or drop FP8"
+        )
 
 
 def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:
@@ -129,26 +171,35 @@ def _check_length(prompts: list[Prompts], run: Run, source: Source) -> None:
 def assemble(run: Run, prepared: Prepared, platform: Platform, grid: Grid) -> Parts:
     """Models, optimizer, engine and sampler on this rank. Collective over all ranks."""
 
-    def stage() -> Stage:
+    def stage(platform: Platform) -> Stage:
         return load_stage(prepared.source, run.layout, platform, grid)
 
-    model = stage()
+    model = stage(platform)
+    starting = None
+    if run.method.completions == "starting" and run.rollout.rollout != "replay":
+        starting = Teacher(model, "frozen", grid, memory="host")  # no module of its own: it lends its weights to the student's
     kind, memory = teacher_kind(run), run.teacher.teacher_memory
-    teacher = Teacher(
-        stage() if kind != "live" and memory == "beside" else model,
-        kind,
-        grid,
-        beta=run.teacher.ref_model_mixup_beta or 0.0,
-        every=run.teacher.ref_model_sync_steps or 0,
-        memory=memory,
+    teacher = (
+        None
+        if kind is None
+        else Teacher(
+            stage(platform.without_fp8()) if kind != "live" and memory == "beside" else model,
+            kind,
+            grid,
+            beta=run.teacher.ref_model_mixup_beta or 0.0,
+            every=run.teacher.ref_model_sync_steps or 0,
+            memory=memory,
+            precision=None if platform.teacher_fp8 is None else in_fp8(platform.teacher_fp8),
+        )
     )
-    student = Student(model, run.layout, run.optimization, prepared.max_steps, grid)
+    student = Student(model, run.layout, run.optimization, prepared.max_steps, grid, platform)
     learner = Learner(student, teacher, Objective(loss_settings(run), grid.data, grid.data_context), prepared.source.arch, grid)
-    return Parts(run, learner, _rollouts(run, prepared, learner))
+    drift_due = platform.teacher_fp8 is not None
+    return Parts(run, learner, _rollouts(run, prepared, learner, starting), drift_due=drift_due)
 
 
-def _rollouts(run: Run, prepared: Prepared, learner: Learner) -> Rollouts:
-    engine = _engine(run, prepared, learner.grid)
+def _rollouts(run: Run, prepared: Prepared, learner: Learner, starting: Teacher | None) -> Rollouts:
+    engine = _engine(run, prepared, learner.grid) if needs_engine(run) else None
     rollout, seed = run.rollout, run.schedule.seed
     sampling = Sampling(
         rollout.temperature,
@@ -159,23 +210,33 @@ def _rollouts(run: Run, prepared: Prepared, learner: Learner) -> Rollouts:
         rollout.min_p,
         rollout.repetition_penalty,
     )
-    sync = Sync(
-        learner,
-        run.layout,
-        engine,
-        WeightStream(learner.student.model.named_shards, prepared.source.mappings, learner.grid),
-        prepared.prompts,
-        limit=run.logp_gap_limit,
-        sampling=sampling,
-        seed=seed,
+    with learner.student.in_full():
+        weights = WeightStream(learner.student.named_shards, prepared.source.mappings, learner.grid)
+    sync = (
+        None
+        if engine is None
+        else Sync(
+            learner,
+            run.layout,
+            engine,
+            weights,
+            prepared.prompts,
+            limit=run.logp_gap_limit,
+            sampling=sampling,
+            seed=seed,
+        )
     )
     sampler = Sampler([len(one.views[STUDENT]) for one in prepared.prompts], run.layout.global_batch_size, seed)
     lag, last = rollout.max_rollout_lag, prepared.max_steps
-    return Rollouts(engine, sync, sampler, prepared.prompts, sampling, seed=seed, lag=lag, last=last)
+    share = (1.0 if run.rollout.on_policy_share is None else run.rollout.on_policy_share) if samples(run) else 0.0
+    origin = Origin(share, starting, prepared.sample_filter, learner.grid.world)
+    return Rollouts(engine, sync, sampler, prepared.prompts, sampling, seed=seed, lag=lag, last=last, origin=origin)
 
 
-def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"]:
-    """The teacher a run trains with. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
+def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"] | None:
+    """The teacher of a run, if any. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
+    if run.method.likelihood:
+        return None
     assert run.teacher.teacher is not None
     released = run.objective.semantics == "released"
     return "frozen" if released and run.teacher.teacher == "ema" else run.teacher.teacher
@@ -202,11 +263,3 @@ def _longest(run: Run, prepared: Prepared) -> int:
     if run.schedule.eval_steps:
         prompt = max(prompt, run.data.max_prompt_length)
     return min(prompt + run.rollout.max_completion_length, prepared.source.arch.max_position)
-
-
-def write_run_file(run: Run, folder: Path, notes: dict[str, str]) -> None:
-    """`run.json`: settings with their origins, versions, edges of histograms. `--config run.json` repeats the run."""
-    content = {"settings": run.flat(), "origins": dict(run.origins), "versions": notes, "histograms": EDGES}
-    partial = folder / "run.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / "run.json")

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.batch import STUDENT, Dealt, MicroBatch, Piece, Reading, Sample, View
+from unisd_megatron.config import Layout
 from unisd_megatron.errors import CheckFailed
 from unisd_megatron.grid import Axis
+from unisd_megatron.mcore import userbuffers
 from unisd_megatron.train.balance import lightest
+from unisd_megatron.train.learner import Learner
 
 
 @dataclass(frozen=True)
 class Form:
-    """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism)."""
+    """How micro-batches are laid out. multiple: a rank's part of a row is a multiple of it (sequence parallelism, FP8)."""
 
     views: Sequence[str]  # of the teacher
     packing: bool
@@ -27,6 +30,9 @@ class Form:
     equal_lengths: bool  # rows of all micro-batches are as long as the longest (interleaved schedule)
     device: torch.device
     context: Axis = Axis()  # ranks that share each packed row
+    skip: int = 0  # first completion tokens that count for nothing
+    granularity: int = 0  # the teacher's rows are as long as the student's, a multiple of this (buffers of one size)
+    least: int = 0  # and at least so long
 
 
 def cost(sample: Sample, views: Sequence[str]) -> int:
@@ -49,11 +55,29 @@ class Work:
         return 1 - sum(cost(sample, views) for sample in self.samples) / computed
 
 
+def form_of(learner: Learner, layout: Layout, views: Sequence[str], *, mask_truncated: bool) -> Form:
+    """How a run's rows are laid out, for its student and for these views of the teacher."""
+    grid, student = learner.grid, learner.student
+    shards = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    multiple, skip = shards * student.row_multiple, learner.objective.settings.skipped_tokens
+    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context, skip)
+    if not student.model.config.tp_comm_overlap:
+        return form
+    return replace(form, granularity=userbuffers.GRANULARITY, least=userbuffers.row_length())
+
+
 def lay_out(groups: Sequence[Sequence[Sample]], form: Form) -> Work:
     """The tensors of groups of samples. Raises `CheckFailed` if a view does not hold the completion where it is read."""
     batches = [_micro_batch(group, form) for group in groups]
     heard = _packed_readings(groups, batches, form) if form.packing else _padded_readings(groups, batches, form)
-    if form.equal_lengths:  # the student's rows go through one schedule, the teacher's through another
+    if form.granularity:
+        longest = max(view.tokens.shape[1] for view in [*(b.view for b in batches), *(r.view for r in heard)])
+        step = math.lcm(form.granularity, form.multiple, 2 * form.context.size)
+        width = -(-max(longest, form.least) // step) * step
+        batches = [replace(batch, view=_lengthened(batch.view, width, form)) for batch in batches]
+        heard = [replace(reading, view=_lengthened(reading.view, width, form)) for reading in heard]
+    elif form.equal_lengths:  # the student's rows go through one schedule, the teacher's through another
         width = max(batch.view.tokens.shape[1] for batch in batches)
         batches = [replace(batch, view=_lengthened(batch.view, width, form)) for batch in batches]
         width = max((reading.view.tokens.shape[1] for reading in heard), default=0)
@@ -98,7 +122,8 @@ def _packed_reading(
         if low < high:
             places.append(torch.arange(begin + low - first, begin + high - first))
             there = slice(low - mine.start, high - mine.start)
-            if tuple(wanted[i][there]) != groups[i][j].completion.token_ids[low - first : high - first]:
+            token_ids = groups[i][j].completion.token_ids[form.skip :]
+            if tuple(wanted[i][there]) != token_ids[low - first : high - first]:
                 raise CheckFailed(f"the teacher's {name} view would be compared with other tokens than the student's")
             pieces.append(Piece(i, name, slice(rows, rows + high - low), there))
             rows += high - low
@@ -124,8 +149,9 @@ def _lengthened(view: View, length: int, form: Form) -> View:
 def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
     completions, mask = [sample.completion.token_ids for sample in samples], _mask(samples, form)
     completion = _padded(completions, 1)
-    log_probs = torch.zeros(completion.shape)
+    log_probs, sampled = torch.zeros(completion.shape), torch.zeros(completion.shape, dtype=torch.bool)
     for row, sample in enumerate(samples):
+        sampled[row] = sample.completion.sampled
         log_probs[row, : len(sample.completion.log_probs)] = torch.tensor(sample.completion.log_probs)
     share = _even_share(int(mask.sum()), form.context)
     mine = torch.zeros_like(mask)
@@ -137,6 +163,7 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
         mine=mine.to(form.device),
         token_ids=completion[mine].to(form.device),
         engine_log_probs=log_probs[mine].to(form.device),
+        sampled=sampled[mine].to(form.device),
         view=_view(samples, [STUDENT] * len(samples), form),
     )
 
@@ -144,8 +171,9 @@ def _micro_batch(samples: Sequence[Sample], form: Form) -> MicroBatch:
 def _mask(samples: Sequence[Sample], form: Form) -> Tensor:
     """Which completion positions count, `[B, T]`."""
     counts = torch.tensor([len(sample.completion.token_ids) for sample in samples])
-    kept = torch.tensor([not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
-    return (torch.arange(int(counts.max())) < counts[:, None]) & kept[:, None]
+    kept = torch.tensor([s.counts and not (form.mask_truncated and s.completion.finish_reason == "length") for s in samples])
+    steps = torch.arange(int(counts.max()))
+    return (steps >= form.skip) & (steps < counts[:, None]) & kept[:, None]
 
 
 def _even_share(total: int, context: Axis) -> slice:

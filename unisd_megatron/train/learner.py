@@ -16,7 +16,7 @@ class Learner:
     """Student, teacher and loss on this rank's part of the layout: everything a gradient needs."""
 
     student: Student
-    teacher: Teacher
+    teacher: Teacher | None  # None: the loss has none
     objective: Objective
     arch: Arch
     grid: Grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -23,7 +24,8 @@ from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
 from unisd_megatron.train.balance import divide
-from unisd_megatron.train.collate import Form, Work, cost, lay_out, scatter
+from unisd_megatron.train.collate import Work, cost, form_of, lay_out, scatter
+from unisd_megatron.train.drift import add_drift
 from unisd_megatron.train.learner import Learner
 from unisd_megatron.train.rollouts import Rollouts
 
@@ -35,6 +37,7 @@ class Parts:
     run: Run
     learner: Learner
     rollouts: Rollouts
+    drift_due: bool = False  # what the teacher's FP8 costs is still to be measured, by the next step
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,25 @@ def train_step(parts: Parts, step: int) -> Report:
     samples = parts.rollouts.of_step(step)
     clock.lap("seconds/rollout")
     work = share_out(samples, learner, layout, mask_truncated=parts.run.rollout.mask_truncated_completions)
-    tally = compute_gradients(learner, work, clock)
+    tally = compute_gradients(learner, work, clock, drift=parts.drift_due)
+    parts.drift_due = False
     if learner.grid.context.rank == 0:
         _count(work, learner, tally)
     merged = gather_tally(tally, learner.grid)
     _check(merged, parts, step)
     metrics = merged.read() | parts.rollouts.metrics
-    metrics["rollout/lag"] = float(step - min(sample.completion.version for sample in samples))
+    metrics |= _of_samples(parts.run, samples, step)
     # Only the last stage saw the divergences; every rank needs the ceiling for the checkpoint.
     learner.objective.ceiling = metrics.get("clip/next_ceiling", learner.objective.ceiling)
     metrics["grad_norm"] = learner.student.gradient_norm()
     if not math.isfinite(metrics["grad_norm"]):
         raise CheckFailed(f"step {step}: the gradient norm is {metrics['grad_norm']}; the last checkpoint is untouched")
     metrics["learning_rate"] = learner.student.step(step)
-    metrics["teacher/moved"] = float(learner.teacher.follow(learner.student.model, step + 1))
-    if metrics["teacher/moved"]:
-        metrics["teacher/distance"] = learner.teacher.distance(learner.student.model)
+    if (teacher := learner.teacher) is not None:
+        with learner.student.in_full() if teacher.is_due(step + 1) else contextlib.nullcontext():
+            metrics["teacher/moved"] = float(teacher.follow(learner.student, step + 1))
+            if metrics["teacher/moved"]:
+                metrics["teacher/distance"] = teacher.distance(learner.student)
     clock.lap("seconds/optimizer")
     return Report(metrics | clock.laps | _speed(metrics, clock), merged.histograms, samples)
 
@@ -80,30 +86,32 @@ def train_step(parts: Parts, step: int) -> Report:
 def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
     """This replica's part of the global batch, balanced over replicas and rows by tokens; the same on all its ranks."""
     grid, views = learner.grid, list(learner.objective.settings.teacher_views)
-    multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    interleaved = layout.virtual_pipeline_model_parallel_size is not None
-    form = Form(views, layout.packing, multiple, mask_truncated, interleaved, grid.device, grid.context)
+    form = form_of(learner, layout, views, mask_truncated=mask_truncated)
     count = len(samples) // (layout.micro_batch_size * grid.data.size)
     costs, widths = ([cost(sample, names) for sample in samples] for names in ([STUDENT, *views], [STUDENT]))
     mine = divide(costs, widths, grid.data.size, count, packing=layout.packing)[grid.data.rank]
     return lay_out([[samples[i] for i in group] for group in mine], form)
 
 
-def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None) -> Tally:
+def compute_gradients(learner: Learner, work: Work, clock: _Clock | None = None, *, drift: bool = False) -> Tally:
     """Teacher passes, then the student's forward and backward; gradients are in the student's buffers. Collective.
 
+    Args: drift: measure how far the teacher is from itself in its weights' dtype (`drift.py`), by one more pass of it.
     Returns this rank's tally; it is complete on the last pipeline stage and empty elsewhere.
     """
     clock, batches = clock or _Clock(), work.batches
     hidden, heard = listen_to_teacher(learner, work)
+    tally = Tally()
+    if drift:
+        add_drift(tally, learner, work, hidden)
     clock.lap("seconds/teacher")
     shares = learner.objective.prepare(heard) if learner.grid.is_last_stage else []
-    tally = Tally()
     divergences: list[Tensor] = []
 
     def loss(i: int, rows: Tensor) -> Tensor:
-        stats = _compare(learner, batches[i], rows, hidden[i], tally)
-        divergences.append(stats.divergence.detach())
+        stats = _compare(learner, batches[i], rows, hidden[i] if hidden else None, tally)
+        if stats.divergence is not None:
+            divergences.append(stats.divergence.detach())
         return learner.objective.share_of_loss(stats, shares[i], tally)
 
     learner.student.learn([batch.view for batch in batches], loss)
@@ -121,7 +129,9 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
     Returns, on the last stage: final hidden states of the primary view at the kept tokens, `[n, h]` per micro-batch, and
     the sampled-token log-probs of the other views. Nothing of the size of the vocabulary is kept.
     """
-    views = learner.objective.settings.teacher_views
+    teacher, views = learner.teacher, learner.objective.settings.teacher_views
+    if teacher is None:
+        return [], [Heard(batch.mask, batch.mine) for batch in work.batches]
 
     def listen(i: int, rows: Tensor) -> list[tuple[Piece, Tensor]]:
         out: list[tuple[Piece, Tensor]] = []
@@ -131,11 +141,11 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
                 said = torch.cat([rows[piece.here] for piece in pieces])
                 if name != TEACHER:
                     token_ids = torch.cat([work.batches[piece.batch].token_ids[piece.there] for piece in pieces])
-                    said = _log_probs(learner, said, token_ids, views[name])
+                    said = _log_probs(learner, Readout(said, teacher.head_weight()), token_ids, views[name])
                 out += zip(pieces, said.split([piece.here.stop - piece.here.start for piece in pieces]), strict=True)
         return out
 
-    said = learner.teacher.score([reading.view for reading in work.readings], listen)
+    said = teacher.score([reading.view for reading in work.readings], listen)
     if not learner.grid.is_last_stage:
         return [], []
     by_batch: list[dict[str, Tensor]] = [{} for _ in work.batches]
@@ -149,9 +159,9 @@ def listen_to_teacher(learner: Learner, work: Work) -> tuple[list[Tensor], list[
     return [one.get(TEACHER, empty) for one in by_batch], heard
 
 
-def _log_probs(learner: Learner, rows: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
+def _log_probs(learner: Learner, model: Readout, token_ids: Tensor, temperature: float) -> Tensor:
     return sampled_log_probs(
-        Readout(rows, learner.teacher.head_weight()),
+        model,
         token_ids=token_ids,
         temperature=temperature,
         vocab_size=learner.arch.vocab_size,
@@ -175,10 +185,14 @@ def _heard(said: dict[str, Tensor], batch: MicroBatch, learner: Learner) -> Hear
     )
 
 
-def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Tensor, tally: Tally) -> TokenStats:
+def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Tensor | None, tally: Tally) -> TokenStats:
     settings, group = learner.objective.settings, learner.grid.tensor.group
+    student = Readout(rows, learner.student.model.head_weight())
+    if learner.teacher is None or teacher_rows is None:
+        said_alone = _log_probs(learner, student, batch.token_ids, settings.temperature)
+        return TokenStats(student_log_probs=scatter(said_alone, batch.mine))
     said = compare(
-        Readout(rows, learner.student.model.head_weight()),
+        student,
         Readout(teacher_rows, learner.teacher.head_weight()),
         token_ids=batch.token_ids,
         alpha=settings.alpha,
@@ -186,16 +200,17 @@ def _compare(learner: Learner, batch: MicroBatch, rows: Tensor, teacher_rows: Te
         vocab_size=learner.arch.vocab_size,
         group=group,
         path=settings.path,
+        entry_clip=settings.entry_clip,
     )
-    gap = (said.student_log_probs.detach() - batch.engine_log_probs).abs()
-    tally.add_mean("rollout/logp_gap", gap)
-    tally.add_max("rollout/logp_gap_max", gap)
+    above = said.student_log_probs.detach() - batch.engine_log_probs
+    tally.add_mean("rollout/logp_gap", above.abs(), batch.sampled)
+    tally.add_max("rollout/logp_gap_max", above.abs(), batch.sampled)
     importance = None
     if settings.importance_cap is not None:
-        ratio = (said.student_log_probs.detach() - batch.engine_log_probs).exp()
+        ratio = torch.where(batch.sampled, above.exp(), 1.0)  # nobody sampled a reference: there is nothing to correct
         importance = ratio.clamp(max=settings.importance_cap)
-        tally.add_mean("rollout/importance", importance)
-        tally.add_mean("rollout/importance_truncated_fraction", (importance < ratio).float())
+        tally.add_mean("rollout/importance", importance, batch.sampled)
+        tally.add_mean("rollout/importance_truncated_fraction", (importance < ratio).float(), batch.sampled)
     feature = feature_distance(replicated_use(rows, group), teacher_rows) if settings.matching_weight else None
     return TokenStats(
         divergence=scatter(said.divergence, batch.mine),
@@ -243,6 +258,17 @@ def _count(work: Work, learner: Learner, tally: Tally) -> None:
     tally.add_mean(
         "padding_fraction", torch.tensor([work.padding_fraction([STUDENT, *learner.objective.settings.teacher_views])])
     )
+
+
+def _of_samples(run: Run, samples: Sequence[Sample], step: int) -> dict[str, float]:
+    """How old the weights were that sampled, and where completions come from and go to in modes in which that varies."""
+    versions = [sample.completion.version for sample in samples if sample.completion.sampled]
+    found = {"rollout/lag": float(step - min(versions))} if versions else {}
+    if run.method.completions == "mixed":
+        found["rollout/on_policy_share"] = len(versions) / len(samples)
+    if run.method.completions == "starting":
+        found["completions/kept_fraction"] = sum(sample.counts for sample in samples) / len(samples)
+    return found
 
 
 def _speed(metrics: dict[str, float], clock: _Clock) -> dict[str, float]:

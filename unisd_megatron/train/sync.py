@@ -24,7 +24,7 @@ from unisd_megatron.losses.readout import Readout, sampled_log_probs
 from unisd_megatron.mcore import schedule
 from unisd_megatron.rollout.engine import Request, RolloutEngine, Sampling, Weights, sequence_seed
 from unisd_megatron.rollout.link import part_sums
-from unisd_megatron.train.collate import Form, lay_out
+from unisd_megatron.train.collate import form_of, lay_out
 from unisd_megatron.train.learner import Learner
 from unisd_megatron.weights.buckets import unpack
 
@@ -97,6 +97,11 @@ class Sync:
         """Sends the student's weights and proves that they arrived; `CheckFailed`, on every rank, if they did not."""
         if step == self._step:
             return  # an evaluation came before the step, with the same weights
+        with self._learner.student.in_full():
+            self._refresh(step)
+        self._step = step
+
+    def _refresh(self, step: int) -> None:
         self._engine.refresh(self._weights, step)
         if self._engine.members():
             for _ in range(PROOFS):
@@ -110,7 +115,6 @@ class Sync:
                 )
             self._compare(step)
             self._probe(step)
-        self._step = step
 
     def _strangers(self) -> list[str]:
         return sorted(set(self._engine.members()) - self._proven)
@@ -210,10 +214,8 @@ class Sync:
         """
         learner = self._learner
         samples = [Sample(one, said) for one, said in zip(self._probes, completions, strict=True)]
-        multiple = self._layout.tensor_model_parallel_size if self._layout.sequence_parallel else 1
-        interleaved = self._layout.virtual_pipeline_model_parallel_size is not None
-        form = Form([], self._layout.packing, multiple, False, interleaved, learner.grid.device, learner.grid.context)
-        count = learner.grid.pipeline.size if interleaved else 1  # the interleaved schedule takes a multiple of it
+        form = form_of(learner, self._layout, [], mask_truncated=False)
+        count = learner.grid.pipeline.size if form.equal_lengths else 1  # the interleaved schedule takes a multiple of it
         work = lay_out([samples[i::count] for i in range(count)], form)
 
         def listen(i: int, rows: Tensor) -> Tensor:

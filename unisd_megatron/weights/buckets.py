@@ -75,6 +75,10 @@ class WeightStream:
         """The pipeline rank that holds a bucket."""
         return self._plans[number].stage
 
+    def expert(self, number: int) -> int | None:
+        """The expert-parallel rank that holds a bucket; None where all of these do."""
+        return self._plans[number].expert
+
     def contents(self, number: int) -> tuple[list[str], list[list[int]], str]:
         """Names, shapes and dtype name of a bucket, known on every rank without its weights."""
         plan = self._plans[number]
@@ -151,13 +155,13 @@ def _layer(mapping: Mapping) -> str:
 def _plan(mine: dict[str, Tensor], mappings: Sequence[Mapping], grid: Grid, bucket_bytes: int) -> list[_Plan]:
     """The buckets, the same on every rank. Collective over the replica and the expert-parallel group."""
     owners = holders(mine, grid)
-    here = {name: [list(shard.shape), str(shard.dtype).removeprefix("torch.")] for name, shard in mine.items()}
-    on_stage = {name: like for part in all_gather_json(here, grid.expert) for name, like in part.items()}
-    like_of = {name: like for part in all_gather_json(on_stage, grid.pipeline) for name, like in part.items()}
+    here = {name: str(shard.dtype).removeprefix("torch.") for name, shard in mine.items()}
+    on_stage = {name: dtype for part in all_gather_json(here, grid.expert) for name, dtype in part.items()}
+    dtype_of = {name: dtype for part in all_gather_json(on_stage, grid.pipeline) for name, dtype in part.items()}
 
     def owner(mapping: Mapping) -> tuple[int, int, str]:
         stage, expert = owners[mapping.megatron]
-        return stage, -1 if expert is None else expert, like_of[mapping.megatron][1]
+        return stage, -1 if expert is None else expert, dtype_of[mapping.megatron]
 
     begins: dict[str, int] = {}  # where a layer begins among the mappings, which are in order
     for index, mapping in enumerate(mappings):
@@ -172,8 +176,7 @@ def _plan(mine: dict[str, Tensor], mappings: Sequence[Mapping], grid: Grid, buck
         begin = partial(_Plan, dtype=getattr(torch, name), stage=stage, expert=None if expert < 0 else expert)
         plan, held_bytes = begin([], []), 0
         for mapping in group:
-            like = [torch.empty(like_of[mapping.megatron][0], device="meta")] * grid.tensor.size
-            shapes = [(hf, tuple(tensor.shape)) for hf, tensor in zip(mapping.hf, mapping.join(like), strict=True)]
+            shapes = list(zip(mapping.hf, mapping.shapes, strict=True))
             size = sum(torch.Size(shape).numel() for _, shape in shapes) * plan.dtype.itemsize
             if plan.mappings and held_bytes + size > bucket_bytes:
                 plans.append(plan)

@@ -6,7 +6,8 @@ stream that export, the rollout engine and the gradient comparison use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,16 @@ def by_name(mappings: Sequence[Mapping]) -> dict[str, Mapping]:
 
 
 @torch.no_grad()
-def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], folder: HfFolder, tensor_axis: Axis) -> None:
+def load(
+    shards: Iterable[tuple[str, Tensor]],
+    mappings: Sequence[Mapping],
+    folder: HfFolder,
+    tensor_axis: Axis,
+    write: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+) -> None:
     """Fills `shards` (canonical name, this rank's tensor) in place from a Hugging Face folder, casting to their dtype.
 
+    Args: write: sets a shard from values of any dtype.
     Raises `CheckpointError` for a missing tensor or a wrong shape, naming it.
     """
     table = by_name(mappings)
@@ -39,7 +47,7 @@ def load(shards: Iterable[tuple[str, Tensor]], mappings: Sequence[Mapping], fold
         mapping = table[name]
         tensors = [folder.tensor(hf) for hf in mapping.hf]
         check_shapes(mapping, tensors, folder.path)
-        shard.copy_(mapping.shard(tensors, tensor_axis.size, tensor_axis.rank))
+        write(shard, mapping.shard(tensors, tensor_axis.size, tensor_axis.rank))
 
 
 def check_shapes(mapping: Mapping, tensors: Sequence[Tensor], where: object) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,13 +22,13 @@ PAD_ID, EOS_ID = 0, 1
 VOCAB_SIZE = 300  # wider than the tokenizer's 258 entries, and not a multiple of anything useful
 
 
-def tiny_model(family: str, seed: int) -> PreTrainedModel:
+def tiny_model(family: str, seed: int, changes: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A random fp32 model of the family, made by `transformers` itself; biases and norms are random too.
 
-    Raises `ConfigError` for a family that is not supported.
+    `changes` replace entries of the family's tiny config. Raises `ConfigError` for a family that is not supported.
     """
     described = family_named(family)
-    settings = dict(described.tiny_config())
+    settings = dict(described.tiny_config()) | dict(changes or {})
     internlm3.register()
     config = AutoConfig.for_model(
         settings.pop("model_type"), vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID, pad_token_id=PAD_ID, **settings
@@ -54,8 +56,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def write_tiny(family: str, folder: Path, seed: int) -> None:
-    """Writes the model and the tokenizer; complete or not there.
+def write_tiny(family: str, folder: Path, seed: int, changes: Mapping[str, Any] | None = None) -> None:
+    """Writes the model (see `tiny_model`) and the tokenizer; complete or not there.
 
     Raises `CheckpointError` if the folder exists, `ConfigError` for a seed that torch does not take, `CheckFailed` where the
     disk does not take it.
@@ -64,7 +66,7 @@ def write_tiny(family: str, folder: Path, seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed is {seed}; it must be from 0 to 2^63 - 1")
     with new_folder(folder) as partial:
-        model = tiny_model(family, seed)
+        model = tiny_model(family, seed, changes)
         model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
         try:
             model.save_pretrained(partial)

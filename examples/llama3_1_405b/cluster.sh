@@ -1,0 +1,7 @@
+# shellcheck shell=bash
+# The machines of this launch; each can be set in the environment instead.
+: "${NODES:=64}"             # all of them; slurm.sbatch asks for as many
+: "${GPUS_PER_NODE:=8}" "${GPU:=h200}"
+: "${SERVER_NODES:=8}"       # the last of them hold rollout servers
+: "${SERVER_GPUS:=8}" "${SERVER_MAX_LEN:=4096}" # of each server; its longest prompt and completion, tokens
+: "${OUTPUT_DIR:=runs/llama3_1_405b}" # on a file system that all nodes see

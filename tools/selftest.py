@@ -1,0 +1,8 @@
+"""`unisd selftest`, for those who look here. No logic: the program is in `unisd_megatron/cli`."""
+
+import sys
+
+from unisd_megatron.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["selftest", *sys.argv[1:]]))

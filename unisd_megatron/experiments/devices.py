@@ -1,0 +1,60 @@
+"""Which GPUs a node may use. Snakemake counts how many are taken; which ones, locks in the machine's temporary folder tell."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from unisd_megatron.errors import ConfigError
+
+
+def gpus() -> list[str]:
+    """The GPUs of this process: those of CUDA_VISIBLE_DEVICES, else those that the driver shows."""
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is not None:
+        return [one.strip() for one in stated.split(",") if one.strip() not in ("", "-1")]
+    return sorted(
+        (p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)), key=int
+    )
+
+
+def ranks_at_a_time() -> int:
+    """What this machine has room for: a rank for each GPU, without one for each core."""
+    return len(gpus()) or len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def claim(count: int) -> Iterator[dict[str, str]]:
+    """Takes `count` GPUs that no other node on this machine has; the environment that shows them, empty without GPUs.
+
+    Waits until there are enough. Under Slurm the job's own are left as they are.
+    """
+    names = gpus()
+    if not names or "SLURM_JOB_ID" in os.environ:
+        yield {}
+        return
+    if count > len(names):
+        raise ConfigError(f"{count} ranks and {len(names)} GPUs on this machine ({', '.join(names)}); lower `processes`")
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.gettempdir()) / f"unisd-gpus-{os.getuid()}"
+        folder.mkdir(exist_ok=True)
+        turn = stack.enter_context((folder / "turn").open("a"))
+        fcntl.flock(turn, fcntl.LOCK_EX)  # one process chooses at a time, so that two never wait for each other
+        streams = {name: stack.enter_context((folder / re.sub(r"\W", "_", name)).open("a")) for name in names}
+        taken: list[str] = []
+        while len(taken) < count:
+            for name in names:
+                if name not in taken and len(taken) < count:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(streams[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        taken.append(name)
+            if len(taken) < count:
+                time.sleep(0.2)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}

@@ -1,0 +1,163 @@
+"""One node, carried out: resumed where it was cut, tried again with less memory, finished by a receipt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from unisd_megatron.config import Run
+from unisd_megatron.errors import ConfigError
+from unisd_megatron.experiments import devices, state
+from unisd_megatron.experiments.graph import Node, read
+from unisd_megatron.resolve import resolve
+
+ATTEMPTS = 4
+"""Of a training that runs out of memory, each at a smaller micro-batch."""
+GRACE_S = 30.0
+"""For a command that is asked to stop, before it is killed."""
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|OutOfMemoryError|^MemoryError|can't allocate memory|Signal 9 \(SIGKILL\)|oom-kill|out-of-memory",
+    re.MULTILINE,
+)
+
+
+def work(sweep: Path, name: str) -> int:
+    """Carries out a node of a sweep; the exit status. Waits where another process carries out the same."""
+    rows = [row for row in read(sweep)["nodes"] if row["name"] == name]
+    if not rows:
+        raise ConfigError(f"{sweep}/sweep.json: no node {name!r}")
+    node = Node.of(rows[0])
+    with _alone(state.beside(sweep, node, "lock")) as lock:
+        if state.receipt(sweep, node) is not None:
+            return 0
+        return _Worker(sweep, node, lock).carry_out()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[int]:
+    """A lock that the command inherits: one that outlives its worker still keeps a second one out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream.fileno()
+
+
+class _Worker:
+    def __init__(self, sweep: Path, node: Node, lock: int) -> None:
+        self._sweep, self._node, self._lock = sweep, node, lock
+        self._log = state.beside(sweep, node, "log")
+        self._output = sweep / node.folder
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def carry_out(self) -> int:
+        failed = state.beside(self._sweep, self._node, "failed.json")
+        failed.unlink(missing_ok=True)
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, self._stop)
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        attempt, micro = 1, None
+        with self._log.open("a", encoding="utf-8") as log:
+            while True:
+                status, text = self._attempt(log, micro)
+                smaller = self._smaller(micro) if status and _ran_out(status, text) else None
+                if smaller is None or attempt == ATTEMPTS:
+                    break
+                attempt, micro = attempt + 1, smaller
+                _note(log, f"out of memory: again with --micro-batch-size {smaller}, the same global batch")
+        about: dict[str, Any] = {"identity": self._node.identity, "attempts": attempt, "command": self._node.command}
+        about |= {"seconds": round(time.monotonic() - began, 1)} | ({"micro_batch_size": micro} if micro else {})
+        if status:
+            state.write(failed, about | {"exit": status})
+            return 1
+        state.write(state.beside(self._sweep, self._node, "done.json"), about)
+        return 0
+
+    def _attempt(self, log: IO[str], micro: int | None) -> tuple[int, str]:
+        """`(exit status, what it said)` of one start of the command."""
+        command = list(self._node.command)
+        if self._node.kind == "train":
+            command += self._resumed()
+            command += ["--micro-batch-size", str(micro)] if micro else []
+        _note(log, shlex.join(command))
+        begins = log.tell()
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+        with devices.claim(self._node.ranks) as visible:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment | visible,
+                start_new_session=True,
+                pass_fds=(self._lock,),
+            )
+            status = self._child.wait()
+        with self._log.open(encoding="utf-8", errors="replace") as said:
+            said.seek(begins)
+            return status, said.read()
+
+    def _resumed(self) -> list[str]:
+        """Goes on from the last complete checkpoint. What was cut before its first one is begun anew."""
+        if state.last_checkpoint(self._output) is not None:
+            return ["--resume_from_checkpoint", "latest"]
+        if self._output.exists():
+            shutil.rmtree(self._output)
+        return []
+
+    def _run(self) -> Run:
+        stated = json.loads((self._sweep / Path(self._node.folder).parent.parent / "settings.json").read_text())
+        return resolve({}, stated | {"output_dir": str(self._output)}, "settings.json")
+
+    def _smaller(self, micro: int | None) -> int | None:
+        """A micro-batch of half the size or less with which the layout still holds; None where there is no other."""
+        if self._node.kind != "train":
+            return None
+        run = self._run()
+        if run.objective.semantics == "released":  # which normalises over each micro-batch
+            return None
+        for size in range((micro or run.layout.micro_batch_size) // 2, 0, -1):
+            with contextlib.suppress(ConfigError):
+                dataclasses.replace(run.layout, micro_batch_size=size).validate(self._node.ranks)
+                return size
+        return None
+
+    def _stop(self, number: int, _: object) -> None:
+        """Ends the command with all its processes, then itself."""
+        if self._child is not None:
+            end(self._child, GRACE_S)
+        os._exit(128 + number)
+
+
+def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Asks a process group to stop, and kills it when it does not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(grace_s)
+    with contextlib.suppress(ProcessLookupError):  # those of the group that are left
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _ran_out(status: int, text: str) -> bool:
+    """Whether memory ran out: by what was said, or killed, as Linux does to whoever takes the last of it."""
+    return status in (-signal.SIGKILL, 128 + signal.SIGKILL) or _OUT_OF_MEMORY.search(text) is not None
+
+
+def _note(log: IO[str], text: str) -> None:
+    log.seek(0, os.SEEK_END)
+    log.write(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}\n")
+    log.flush()
