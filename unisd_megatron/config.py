@@ -272,6 +272,8 @@ class Schedule:
     exit_duration_in_mins: float | None = setting(None, "minutes since the start; then stop after the step, with a checkpoint")
     export_hf: bool = setting(True, "write a Hugging Face folder at the end")
     save_rollouts: bool = setting(True, "record the completions of every step, for --rollout replay")
+    tensorboard_dir: str | None = setting(None, "folder of TensorBoard's files; default: `tensorboard` in the run's folder")
+    wandb_project: str | None = setting(None, "send the numbers of each step to this project of Weights & Biases too")
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,8 @@ RESUME_MAY_CHANGE = frozenset(
         "exit_duration_in_mins",
         "export_hf",
         "save_rollouts",
+        "tensorboard_dir",
+        "wandb_project",
         "max_logp_gap",
         "rollout",
         "replay_path",

@@ -23,6 +23,7 @@ ONLY_HOW = {
     *("recompute_granularity", "output_dir", "save_steps", "save_total_limit", "async_save", "resume_from_checkpoint"),
     *("export_hf", "max_logp_gap", "cache_dir", "loss_path", "teacher_memory", "vllm_mode", "vllm_tensor_parallel_size"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_enable_sleep_mode", "vllm_server_urls", "vllm_server_timeout"),
+    *("tensorboard_dir", "wandb_project"),
 }
 
 

@@ -73,6 +73,26 @@ def test_equals_its_closed_form(world: World, layout: Layout, bf16: bool) -> Non
         assert not off_beat
 
 
+def distance_error(rank: int, group: Any, layout: Layout) -> float:
+    """Of the reported distance of two models with different seeds, relative to the one between their Hugging Face tensors."""
+    family = "qwen2" if layout.expert_model_parallel_size == 1 else "qwen3_moe"
+    first, second = (dict(tiny_model(family, seed).named_parameters()) for seed in (1, 2))  # a tied head is named once
+    apart = sum(float((first[name] - second[name]).detach().double().square().sum()) for name in first)
+    whole = sum(float(p.detach().double().square().sum()) for p in second.values())
+    with start.world(platforms.choose(), layout, 1) as grid:
+        teacher = Teacher(tiny(layout, grid, seed=1), "ema", grid, beta=0.9, every=1)
+        return abs(teacher.distance(tiny(layout, grid, seed=2)) / (apart / whole) ** 0.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(1, Layout()), (4, Layout(2, 2)), (4, Layout(2)), (4, Layout(2, expert_model_parallel_size=2, sequence_parallel=True))],
+    ids=["alone", "tp2 pp2", "tp2 dp2", "tp2 ep2"],
+)
+def test_distance_counts_every_weight_once(world: World, size: int, layout: Layout) -> None:
+    assert max(world.run(size, distance_error, layout)) <= 1e-6
+
+
 def mismatched(rank: int, group: Any) -> str:
     platform = platforms.choose()
     with start.world(platform, Layout(), 1) as grid:

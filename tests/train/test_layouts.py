@@ -44,7 +44,11 @@ def test_same_curve_on_the_same_rollouts(world: World, alone: Path, tmp_path: Pa
     for found, wanted in zip(metrics, expected, strict=True):
         # Extremes of divergences are single tokens and feel rounding most; times and the engine's gap are not results.
         for key in wanted:
-            if not key.startswith(("seconds/", "tokens_per_second", "rollout/", "padding_fraction")):
+            if key.endswith("histogram"):
+                # A value on an edge may round to either side of it; none is lost or counted twice.
+                assert sum(found[key]) == sum(wanted[key]), (name, found["step"], key)
+                assert sum(abs(a - b) for a, b in zip(found[key], wanted[key], strict=True)) <= 2, (name, found["step"], key)
+            elif not key.startswith(("seconds/", "tokens_per_second", "rollout/", "padding_fraction", "memory/")):
                 assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-4), (name, found["step"], key)
 
 

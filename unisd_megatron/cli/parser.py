@@ -14,6 +14,7 @@ from unisd_megatron.cli.evaluating import add_evaluate
 from unisd_megatron.cli.experimenting import add_experiments
 from unisd_megatron.cli.flags import Parser, command, flag
 from unisd_megatron.cli.preparing import add_prepare
+from unisd_megatron.cli.reporting import add_report
 from unisd_megatron.cli.scaling import add_scale
 from unisd_megatron.config import GROUPS, all_settings, setting_type
 from unisd_megatron.errors import ConfigError
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_parity(subparsers)
     add_evaluate(subparsers)
     add_prepare(subparsers)
+    add_report(subparsers)
     add_experiments(subparsers, lambda one: _add_settings(one, but={"output_dir", "seed", "resume_from_checkpoint"}), _stated)
     _add_bench(subparsers)
     _add_selftest(subparsers)

@@ -66,6 +66,10 @@ class StageShards:
         for row, part in zip(self._rows, self._divided(shards), strict=True):
             row.mix_(part, beta)
 
+    def squares(self, shards: Named) -> Tensor:
+        rows = [row.squares(part) for row, part in zip(self._rows, self._divided(shards), strict=True)]
+        return torch.stack([sums.to(rows[0].device) for sums in rows]).sum(0)
+
     def write_(self, shards: Named) -> None:
         for row, part in zip(self._rows, self._divided(shards), strict=True):
             row.write_(part)
@@ -128,6 +132,22 @@ class WeightShards:
                 piece.copy_(here)
 
     @torch.no_grad()
+    def squares(self, shards: Named) -> Tensor:
+        """Sums over this rank's part, fp64 `[2]` where the weights are: of (pieces - weights)^2, and of weights^2.
+
+        Weights on the `meta` device are left out. No communication; beyond the pieces it needs memory for two segments in fp32
+        at a time. Raises `CheckFailed` as `take` does.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for piece, parts in self._mine(self._flat(shards)):
+            here = piece.to(self._device)
+            for segment, where in parts:
+                if not segment.is_meta:
+                    weights = segment.float()
+                    sums += torch.stack([_square(here[where] - weights), _square(weights)])
+        return sums
+
+    @torch.no_grad()
     def write_(self, shards: Named) -> None:
         """Casts the pieces to the weights' dtype and gathers them into the weights, in place. Collective over the axis.
 
@@ -188,6 +208,10 @@ class WeightShards:
                 f"among the {len(found)} given, by name and shape"
             )
         return [tensor.detach().view(-1) for _, tensor in shards]
+
+
+def _square(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
 
 def _overlap(flat: list[Tensor], start: int, stop: int) -> Iterator[tuple[Tensor, slice]]:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.batch import View
+from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.mcore import schedule
 from unisd_megatron.mcore.model import Stage
@@ -106,6 +108,24 @@ class Teacher:
         if not self._borrows:
             self.shards.write_(self.model.named_shards())
         return True
+
+    def distance(self, student: Followed) -> float:
+        """||theta_T - theta_S|| / ||theta_S|| of an `ema` teacher, over all weights of the model, each counted once.
+
+        The same number at any layout, on every rank. Collective over all ranks: two numbers; each reads 1/DP of its weights.
+        """
+        assert self.shards is not None
+        counted = {name for name, parameter in self.model.named_shards() if self._counts(parameter)}
+        sums = self.shards.squares(
+            (name, p if name in counted else p.detach().to("meta")) for name, p in student.named_shards()
+        )
+        everywhere = all_gather_json(sums.tolist(), self.grid.world)
+        return math.sqrt(math.fsum(apart for apart, _ in everywhere) / math.fsum(whole for _, whole in everywhere))
+
+    def _counts(self, parameter: Tensor) -> bool:
+        """Not a tied head's second copy on the last stage, nor, but on one rank, what tensor-parallel ranks all have."""
+        sharded = getattr(parameter, "tensor_model_parallel", False) or self.grid.tensor.rank == 0
+        return sharded and not getattr(parameter, "shared", False)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights of this stage by canonical name, as a checkpoint holds them: fp32 of an EMA. Collective over DP.

@@ -27,6 +27,7 @@ from unisd_megatron.grid import Axis
 from unisd_megatron.mechanisms.agreement import agreement_weights
 from unisd_megatron.mechanisms.clipping import clip_divergence, masked_quantile
 from unisd_megatron.mechanisms.contrastive import contrastive_hinge
+from unisd_megatron.mechanisms.histograms import DIVERGENCES, WEIGHTS
 from unisd_megatron.mechanisms.tally import Tally
 
 
@@ -263,6 +264,7 @@ class Objective:
         gap = (stats.teacher_log_probs - stats.student_log_probs.detach()).clamp(-50, 50)
         tally.add_mean("divergence/mean", stats.divergence, mask)
         tally.add_max("divergence/max", stats.divergence, mask)
+        tally.add_histogram(DIVERGENCES, stats.divergence, mask)
         tally.add_mean("kl_approx", gap.exp() - gap - 1, mask)
         tally.add_mean("entropy", stats.entropy, mask)
         if shares.disagreement is not None:
@@ -273,6 +275,7 @@ class Objective:
             tally.add_mean("agreement/disagreement_mean", disagreement, kept)
             tally.add_max("agreement/disagreement_max", disagreement, kept)
             tally.add_mean("agreement/weight_mean", weights, kept)
+            tally.add_histogram(WEIGHTS, weights, kept if of_tokens else kept & _begins_here(shares.heard))
 
     def follow_quantile(self, divergences: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         """Sets the next step's ceiling to the quantile of this step's divergences. Collective over the data-parallel axis.
@@ -287,6 +290,11 @@ class Objective:
         )
         if math.isfinite(float(ceiling)):  # infinite: nothing was kept in this step, and the last ceiling stays
             self.ceiling = max(float(ceiling), 1e-6)
+
+
+def _begins_here(heard: Heard) -> Tensor:
+    """`[B]`: sequences whose first kept token is mine, so that of the ranks that share a sequence one counts it."""
+    return heard.mine.gather(1, heard.mask.int().argmax(1, keepdim=True)).squeeze(1)
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

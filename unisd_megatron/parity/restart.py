@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "use_distributed_optimizer": True,
     "save_steps": 2,
 }
-TIMES = ("seconds/", "tokens_per_second")
+TIMES = ("seconds/", "tokens_per_second", "memory/")
 """Metrics that differ from run to run."""
 
 LEG_TIMEOUT_S = 900.0

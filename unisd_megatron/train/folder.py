@@ -15,6 +15,7 @@ from unisd_megatron.config import Run
 from unisd_megatron.errors import CheckFailed, CheckpointError
 from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Axis
+from unisd_megatron.mechanisms.histograms import EDGES
 from unisd_megatron.train import checkpoint
 from unisd_megatron.train.build import Prepared
 from unisd_megatron.weights.hf import read_json, require_new_folder
@@ -98,13 +99,13 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def write_run_file(run: Run, identity: dict[str, Any], output: Path, versions: dict[str, str]) -> None:
-    """`run.json`: settings by flag name, the origin of each, what else makes the run, versions; the run is not over.
+    """`run.json`: settings with their origins, what else makes the run, versions, edges of histograms; the run is not over.
 
     `--config run.json` repeats the run.
     """
     (output / FINISHED).unlink(missing_ok=True)
     origins = dict(run.origins)
-    content = {"settings": run.flat(), "origins": origins, "identity": identity, "versions": versions}
+    content = {"settings": run.flat(), "origins": origins, "identity": identity, "versions": versions, "histograms": EDGES}
     _write(output / RUN_FILE, content)
 
 

@@ -25,9 +25,10 @@ from unisd_megatron.rollout.servers import ServerEngine
 from unisd_megatron.train import checkpoint, course, folder
 from unisd_megatron.train.build import Prepared, assemble, prepare
 from unisd_megatron.train.drift import DRIFT
-from unisd_megatron.train.metrics import EVALUATIONS, Journal, rewrite_rows
+from unisd_megatron.train.metrics import EVALUATIONS, Journal, answers_file, drop_later_answers, rewrite_rows, write_rows
 from unisd_megatron.train.step import Parts, Report, train_step
 from unisd_megatron.train.stopping import Stopping
+from unisd_megatron.train.watching import WandbCurves
 from unisd_megatron.validation import validate
 from unisd_megatron.weights import stream
 from unisd_megatron.weights.hf import save_folder
@@ -90,8 +91,11 @@ def _open_journal(run: Run, prepared: Prepared, output: Path, first: int, platfo
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.set_aside_later(output, first)
     rewrite_rows(output / EVALUATIONS, lambda row: row["step"] < first)
+    drop_later_answers(output, first)
     folder.write_run_file(run, prepared.identity, output, _versions(platform))
-    journal = Journal(output, first, prepared.max_steps)
+    board = Path(run.schedule.tensorboard_dir) if run.schedule.tensorboard_dir else None
+    watcher = WandbCurves(run, output) if run.schedule.wandb_project else None
+    journal = Journal(output, first, prepared.max_steps, board, watcher)
     for line in [*platform, *prepared.notes, *([f"resumed from {resume}, step {first}"] if resume else [])]:
         journal.say(line)
     return journal
@@ -116,7 +120,7 @@ def _steps(
                 _evaluate(parts, prepared, step, output, journal, held_out)
             report = train_step(parts, step)
             if journal is not None:
-                journal.record(step, report.metrics)
+                journal.record(step, report.metrics, report.histograms)
                 if DRIFT in report.metrics:
                     journal.say(f"step {step}: KL(teacher || teacher in FP8) is {report.metrics[DRIFT]:.3g} nats per token")
             if schedule.save_rollouts and journal is not None:
@@ -156,23 +160,24 @@ def _held_out(run: Run, prepared: Prepared) -> HeldOut:
 def _evaluate(
     parts: Parts, prepared: Prepared, steps_done: int, output: Path, journal: Journal | None, held_out: HeldOut
 ) -> None:
-    """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`."""
+    """Greedy accuracy of the student on the task's held-out questions, appended to `evaluations.jsonl`; its answers beside."""
     engine, sync = parts.rollouts.engine, parts.rollouts.sync
     assert engine is not None and sync is not None
     sync.refresh(steps_done)
     longest = parts.run.rollout.max_completion_length
-    score = accuracy(
-        answer(
-            each_sample(held_out.questions),
-            engine,
-            Sampling(0.0, 1.0, 0, longest, prepared.eos_ids),
-            prepared.tokenizer,
-            held_out.judge,
-            parts.learner.grid.world,
-            max_prompt_length=prepared.source.arch.max_position - longest,
-        )
+    answers = answer(
+        each_sample(held_out.questions),
+        engine,
+        Sampling(0.0, 1.0, 0, longest, prepared.eos_ids),
+        prepared.tokenizer,
+        held_out.judge,
+        parts.learner.grid.world,
+        max_prompt_length=prepared.source.arch.max_position - longest,
     )
+    score = accuracy(answers)
     if journal is not None:
+        kept = ("id", "prompt", "completion", "finished", "correct", "failure")
+        write_rows(answers_file(output, steps_done), [{name: getattr(one, name) for name in kept} for one in answers])
         journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(held_out.questions)}")
         with (output / EVALUATIONS).open("a", encoding="utf-8") as stream_:
             stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(held_out.questions)}) + "\n")
@@ -193,11 +198,7 @@ def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> N
         }
         for i, sample in enumerate(report.samples)
     ]
-    path = rollout_file(output / "rollouts", step)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_rows(rollout_file(output / "rollouts", step), rows)
 
 
 def _export(parts: Parts, prepared: Prepared, output: Path) -> None:

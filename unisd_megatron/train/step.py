@@ -19,6 +19,7 @@ from unisd_megatron.exchange import all_gather_json
 from unisd_megatron.grid import Grid
 from unisd_megatron.losses.collectives import replicated_use, sum_over
 from unisd_megatron.losses.readout import Readout, compare, sampled_log_probs
+from unisd_megatron.mcore.memory import peak_bytes
 from unisd_megatron.mechanisms import feature_distance
 from unisd_megatron.mechanisms.objective import Heard, TokenStats
 from unisd_megatron.mechanisms.tally import Tally
@@ -44,6 +45,7 @@ class Report:
     """What came out of a step, the same on every rank. `samples` are those of the whole batch."""
 
     metrics: dict[str, float]
+    histograms: dict[str, list[int]]
     samples: list[Sample]
 
 
@@ -75,8 +77,10 @@ def train_step(parts: Parts, step: int) -> Report:
     if (teacher := learner.teacher) is not None:
         with learner.student.in_full() if teacher.is_due(step + 1) else contextlib.nullcontext():
             metrics["teacher/moved"] = float(teacher.follow(learner.student, step + 1))
+            if metrics["teacher/moved"]:
+                metrics["teacher/distance"] = teacher.distance(learner.student)
     clock.lap("seconds/optimizer")
-    return Report(metrics | clock.laps | _speed(metrics, clock), samples)
+    return Report(metrics | clock.laps | _speed(metrics, clock), merged.histograms, samples)
 
 
 def share_out(samples: Sequence[Sample], learner: Learner, layout: Layout, *, mask_truncated: bool) -> Work:
@@ -222,8 +226,9 @@ def gather_tally(tally: Tally, grid: Grid) -> Tally:
     """The step's numbers over all sequences, on every rank; faults carry the rank that saw them. Collective."""
     speaks = grid.is_last_stage and grid.tensor.rank == 0
     tally.faults = [f"{term} (rank {grid.world.rank})" for term in tally.faults]
-    parts = all_gather_json(tally.plain() if speaks else None, grid.world)
-    return Tally.merge(part for part in parts if part is not None)
+    told = tally if speaks else Tally()
+    told.maxima["memory/peak_bytes"] = float(peak_bytes(grid.device))  # of the rank that needs most
+    return Tally.merge(all_gather_json(told.plain(), grid.world))
 
 
 def _check(tally: Tally, parts: Parts, step: int) -> None:
