@@ -23,7 +23,9 @@ ONLY_HOW = {
     *("recompute_granularity", "output_dir", "save_steps", "save_total_limit", "async_save", "resume_from_checkpoint"),
     *("export_hf", "max_logp_gap", "cache_dir", "loss_path", "teacher_memory", "vllm_mode", "vllm_tensor_parallel_size"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_enable_sleep_mode", "vllm_server_urls", "vllm_server_timeout"),
-    *("tensorboard_dir", "wandb_project"),
+    *("tensorboard_dir", "wandb_project", "distributed_timeout_minutes", "exit_duration_in_mins"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "transformer_impl", "attention_backend"),
+    *("gradient_accumulation_fusion", "tp_comm_overlap", "overlap_grad_reduce", "overlap_param_gather"),
 }
 
 
