@@ -112,18 +112,21 @@ if socket.gethostbyname(sys.argv[1]).startswith("127."):
             --port "$((SERVER_PORT + number))" --tensor_parallel_size "$SERVER_GPUS" --max_model_len "$SERVER_MAX_LEN" &
         servers+=($!)
     done
-    wait -n # one that ended is missed by the trainer, which goes on with the others
+    wait -n || true # one that ended is missed by the trainer, which goes on with the others
     wait
+    echo "launch: all rollout servers of $address have ended" >&2
+    return 1
 }
 
 wait_for_servers() {
     "$PYTHON" - "$1" <<'PYTHON'
 import sys, time, urllib.request
 deadline = time.time() + 3600
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by way of a proxy that leads out of the cluster
 for url in sys.argv[1].split(","):
     while True:
         try:
-            urllib.request.urlopen(url + "/health", timeout=5)
+            direct.open(url + "/health", timeout=5)
             break
         except OSError as error:
             if time.time() > deadline:
@@ -147,6 +150,8 @@ launch() {
         flags=(--vllm_server_urls "$urls" "${flags[@]}")
     fi
     flags=(--config "$CONFIG" --output_dir "$OUTPUT_DIR" --resume_from_checkpoint auto ${MODEL:+--model_name "$MODEL"} "${flags[@]}")
+    # c10d and not static rendezvous: only so do the launchers of all nodes begin a restart together. Its launchers do not see a
+    # link that goes silent (docs/failures.md); Slurm's --kill-on-bad-exit ends those, without Slurm whoever started them.
     MODEL="${MODEL:-$(sed -n 's/^model_name: *//p' "$CONFIG")}"
     TORCHRUN=("$PYTHON" -m torch.distributed.run --nnodes "$TRAIN_NODES" --nproc-per-node "$GPUS_PER_NODE"
         --rdzv-backend c10d --rdzv-id "$RUN_ID" --rdzv-endpoint "$HEAD:$PORT" --max-restarts "$MAX_RESTARTS"
