@@ -47,9 +47,7 @@ def trained(layout: Layout, grid: Grid, overlapped: bool, family: str, mode: str
     return {name: p.detach().clone() for name, p in parameters.items()}, found
 
 
-def agreement(
-    rank: int, group: Any, layout: Layout, family: str = "qwen2", mode: str = "vanilla"
-) -> tuple[list[str], bool]:
+def agreement(rank: int, group: Any, layout: Layout, family: str = "qwen2", mode: str = "vanilla") -> tuple[list[str], bool]:
     with start.world(platforms.choose(), layout, 1) as grid:
         plain, found = trained(layout, grid, False, family, mode)
         other, found_too = trained(layout, grid, True, family, mode)

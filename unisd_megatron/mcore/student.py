@@ -79,8 +79,8 @@ class Student:
         schedule.learn(self._ddp, views, self._reaching_the_head(loss, len(views) - 1), self.grid)
 
     def _reaching_the_head(self, loss: Callable[[int, Tensor], Tensor], last: int) -> Callable[[int, Tensor], Tensor]:
-        """Megatron reduces a bucket once all of its parameters have a gradient of the last micro-batch, and fails where one never
-        has; features alone (`match_repr`) do not reach the head."""
+        """Megatron reduces a bucket once all of its parameters have a gradient of the last micro-batch, and fails where one
+        never has; features alone (`match_repr`) do not reach the head."""
         if not self._reduces_early:
             return loss
 
