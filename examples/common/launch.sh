@@ -13,6 +13,7 @@
 : "${PYTHON:=python3}" "${ROLE:=train}" "${HEAD:=localhost}" "${PORT:=29500}" "${RUN_ID:=unisd}" "${MAX_RESTARTS:=3}"
 : "${SERVER_NODES:=0}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_PORT:=8000}" "${SERVER_HOSTS:=}" "${DRY_RUN:=}" "${CHECK:=1}" "${STOP_FILE:=}"
 SIGNALLED=""
+SERVERS=() # not of a function: the trap at the end reads it when there is none
 
 REPOSITORY="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd -- "$REPOSITORY" || exit # paths in configurations are relative to it
@@ -98,19 +99,19 @@ say_how_it_ended() {
 
 # The servers of this node, until one ends or this script is told to end.
 serve() {
-    local number gpus servers=() model="$MODEL" address="${SLURMD_NODENAME:-$(hostname)}"
+    local number gpus model="$MODEL" address="${SLURMD_NODENAME:-$(hostname)}"
     "$PYTHON" -c 'import socket, sys
 if socket.gethostbyname(sys.argv[1]).startswith("127."):
     sys.exit(f"launch: this host calls itself {sys.argv[1]}, which other hosts cannot reach (127.x); correct /etc/hosts")' "$address"
     [[ -d $model ]] || model="$("$PYTHON" -c 'import sys, huggingface_hub as hub; print(hub.snapshot_download(sys.argv[1]))' "$model")"
-    trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
+    trap 'kill "${SERVERS[@]}" 2>/dev/null || true' EXIT
     trap 'exit 0' TERM INT
     trap '' USR1 # it is for the ranks
     for ((number = 0; number < GPUS_PER_NODE / SERVER_GPUS; number++)); do
         gpus="$(seq -s, $((number * SERVER_GPUS)) $((number * SERVER_GPUS + SERVER_GPUS - 1)))"
         CUDA_VISIBLE_DEVICES="$gpus" "$PYTHON" tools/serve_vllm.py --model "$model" --host "$address" \
             --port "$((SERVER_PORT + number))" --tensor_parallel_size "$SERVER_GPUS" --max_model_len "$SERVER_MAX_LEN" &
-        servers+=($!)
+        SERVERS+=($!)
     done
     wait -n || true # one that ended is missed by the trainer, which goes on with the others
     wait

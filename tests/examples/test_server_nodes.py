@@ -34,3 +34,4 @@ def test_a_server_that_ends_leaves_the_others(tmp_path: Path) -> None:
     )
     assert (tmp_path / "served").exists(), done.stderr
     assert done.returncode == 1 and "launch: all rollout servers of node1 have ended" in done.stderr
+    assert "unbound" not in done.stderr
