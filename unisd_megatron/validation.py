@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from typing import Literal
 
 from unisd_megatron.caches import INDUCTION_CACHE, NEGATIVE_CACHE, Caches
 from unisd_megatron.config import Run
@@ -13,16 +14,16 @@ from unisd_megatron.modes import BASELINES, MODES
 def validate(run: Run, world_size: int) -> None:
     """Raises `ConfigError` for anything about the settings that is known to be wrong in a world of `world_size` processes."""
     run.layout.validate(world_size)
-    _validate_accelerator(run, world_size)
-    _validate_objective(run)
+    validate_accelerator(run, world_size)
+    validate_objective(run)
     _validate_needs(run)
     _validate_rollout(run, world_size)
-    _validate_ranges(run)
+    validate_ranges(run)
     validate_caches(run.caches)
 
 
-def _validate_accelerator(run: Run, world_size: int) -> None:
-    """What contradicts itself on any machine; what a machine lacks is found by `mcore.platform.decide`."""
+def validate_accelerator(run: Run, world_size: int) -> None:
+    """Raises `ConfigError` for what contradicts itself on any machine; `mcore.platform.decide` finds what a machine lacks."""
     asked, layout, local = run.accelerator, run.layout, run.accelerator.transformer_impl == "local"
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
     teacher = asked.teacher_fp8
@@ -120,7 +121,17 @@ def needs_engine(run: Run) -> bool:
     return samples(run) or run.schedule.eval_steps > 0
 
 
-def _validate_objective(run: Run) -> None:
+def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"] | None:
+    """The teacher of a run, if any. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
+    if run.method.likelihood:
+        return None
+    assert run.teacher.teacher is not None
+    released = run.objective.semantics == "released"
+    return "frozen" if released and run.teacher.teacher == "ema" else run.teacher.teacher
+
+
+def validate_objective(run: Run) -> None:
+    """Raises `ConfigError` for settings of the loss that cannot be, or exclude each other."""
     objective = run.objective
     if objective.semantics == "released" and run.mode in BASELINES:
         raise ConfigError(f"--semantics released is what UniSD's authors' code does, without --mode {run.mode}; leave it out")
@@ -248,7 +259,8 @@ def validate_caches(caches: Caches) -> None:
         raise ConfigError(f"--cache_temperature is {caches.cache_temperature}; it must be at least 0.01")
 
 
-def _validate_ranges(run: Run) -> None:
+def validate_ranges(run: Run) -> None:
+    """Raises `ConfigError` for a number that is out of its range, whatever the others are."""
     checks = [
         (run.rollout.temperature > 0, "--temperature must be positive"),
         (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),

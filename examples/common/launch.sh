@@ -13,6 +13,7 @@
 : "${PYTHON:=python3}" "${ROLE:=train}" "${HEAD:=localhost}" "${PORT:=29500}" "${RUN_ID:=unisd}" "${MAX_RESTARTS:=3}"
 : "${SERVER_NODES:=0}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_PORT:=8000}" "${SERVER_HOSTS:=}" "${DRY_RUN:=}" "${CHECK:=1}" "${STOP_FILE:=}"
 SIGNALLED=""
+SERVERS=() # not of a function: the trap at the end reads it when there is none
 
 REPOSITORY="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd -- "$REPOSITORY" || exit # paths in configurations are relative to it
@@ -98,32 +99,35 @@ say_how_it_ended() {
 
 # The servers of this node, until one ends or this script is told to end.
 serve() {
-    local number gpus servers=() model="$MODEL" address="${SLURMD_NODENAME:-$(hostname)}"
+    local number gpus model="$MODEL" address="${SLURMD_NODENAME:-$(hostname)}"
     "$PYTHON" -c 'import socket, sys
 if socket.gethostbyname(sys.argv[1]).startswith("127."):
     sys.exit(f"launch: this host calls itself {sys.argv[1]}, which other hosts cannot reach (127.x); correct /etc/hosts")' "$address"
     [[ -d $model ]] || model="$("$PYTHON" -c 'import sys, huggingface_hub as hub; print(hub.snapshot_download(sys.argv[1]))' "$model")"
-    trap 'kill "${servers[@]}" 2>/dev/null || true' EXIT
+    trap 'kill "${SERVERS[@]}" 2>/dev/null || true' EXIT
     trap 'exit 0' TERM INT
     trap '' USR1 # it is for the ranks
     for ((number = 0; number < GPUS_PER_NODE / SERVER_GPUS; number++)); do
         gpus="$(seq -s, $((number * SERVER_GPUS)) $((number * SERVER_GPUS + SERVER_GPUS - 1)))"
         CUDA_VISIBLE_DEVICES="$gpus" "$PYTHON" tools/serve_vllm.py --model "$model" --host "$address" \
             --port "$((SERVER_PORT + number))" --tensor_parallel_size "$SERVER_GPUS" --max_model_len "$SERVER_MAX_LEN" &
-        servers+=($!)
+        SERVERS+=($!)
     done
-    wait -n # one that ended is missed by the trainer, which goes on with the others
+    wait -n || true # one that ended is missed by the trainer, which goes on with the others
     wait
+    echo "launch: all rollout servers of $address have ended" >&2
+    return 1
 }
 
 wait_for_servers() {
     "$PYTHON" - "$1" <<'PYTHON'
 import sys, time, urllib.request
 deadline = time.time() + 3600
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by way of a proxy that leads out of the cluster
 for url in sys.argv[1].split(","):
     while True:
         try:
-            urllib.request.urlopen(url + "/health", timeout=5)
+            direct.open(url + "/health", timeout=5)
             break
         except OSError as error:
             if time.time() > deadline:
@@ -147,6 +151,8 @@ launch() {
         flags=(--vllm_server_urls "$urls" "${flags[@]}")
     fi
     flags=(--config "$CONFIG" --output_dir "$OUTPUT_DIR" --resume_from_checkpoint auto ${MODEL:+--model_name "$MODEL"} "${flags[@]}")
+    # c10d and not static rendezvous: only so do the launchers of all nodes begin a restart together. Its launchers do not see a
+    # link that goes silent (docs/failures.md); Slurm's --kill-on-bad-exit ends those, without Slurm whoever started them.
     MODEL="${MODEL:-$(sed -n 's/^model_name: *//p' "$CONFIG")}"
     TORCHRUN=("$PYTHON" -m torch.distributed.run --nnodes "$TRAIN_NODES" --nproc-per-node "$GPUS_PER_NODE"
         --rdzv-backend c10d --rdzv-id "$RUN_ID" --rdzv-endpoint "$HEAD:$PORT" --max-restarts "$MAX_RESTARTS"

@@ -24,18 +24,18 @@ from world import World
 STEPS = 2
 
 
-def trained(layout: Layout, grid: Grid, overlapped: bool) -> tuple[dict[str, Tensor], bool]:
+def trained(layout: Layout, grid: Grid, overlapped: bool, family: str, mode: str) -> tuple[dict[str, Tensor], bool]:
     """Weights after some steps, and whether `exact_weights` finds them in the optimizer, to the bit."""
     platform = dataclasses.replace(
         platforms.choose(),
         overlap_grad_reduce=overlapped,
         overlap_param_gather=overlapped and layout.use_distributed_optimizer,
     )
-    rig = Rig(layout, platform, grid)
+    rig = Rig(layout, platform, grid, family)
     model = build(rig.arch, layout, platform, grid)
     rig._load(model, rig.references[0])
     rig.student = Student(model, layout, Optimization(learning_rate=1e-2), STEPS, grid, platform)
-    settings = loss_settings(resolve({"mode": "vanilla", "model_name": "tiny"}, {}))
+    settings = loss_settings(resolve({"mode": mode, "model_name": "tiny"}, {}))
     for step in range(STEPS):
         rig.gradients(settings, rig.samples)
         rig.student.step(step)
@@ -47,10 +47,10 @@ def trained(layout: Layout, grid: Grid, overlapped: bool) -> tuple[dict[str, Ten
     return {name: p.detach().clone() for name, p in parameters.items()}, found
 
 
-def agreement(rank: int, group: Any, layout: Layout) -> tuple[list[str], bool]:
+def agreement(rank: int, group: Any, layout: Layout, family: str = "qwen2", mode: str = "vanilla") -> tuple[list[str], bool]:
     with start.world(platforms.choose(), layout, 1) as grid:
-        plain, found = trained(layout, grid, overlapped=False)
-        other, found_too = trained(layout, grid, overlapped=True)
+        plain, found = trained(layout, grid, False, family, mode)
+        other, found_too = trained(layout, grid, True, family, mode)
     return [name for name in plain if not torch.equal(plain[name], other[name])], found and found_too
 
 
@@ -61,3 +61,13 @@ def test_overlap_changes_nothing(world: World, layout: Layout) -> None:
     for different, found in world.run(2 * layout.pipeline_model_parallel_size, agreement, layout):
         assert different == []
         assert found
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [(Layout(use_distributed_optimizer=True), "llama"), (Layout(1, 2), "qwen2")],
+    ids=["untied", "tied, a copy on the last stage"],
+)
+def test_a_head_that_the_loss_does_not_reach_is_waited_for_by_none(world: World, layout: Layout, family: str) -> None:
+    for different, _ in world.run(2 * layout.pipeline_model_parallel_size, agreement, layout, family, "match_repr"):
+        assert different == []

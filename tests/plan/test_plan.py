@@ -100,6 +100,10 @@ def test_where_nothing_fits_the_fewest_gpus_are_said_and_do() -> None:
         (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--tp", "3"], "8 processes cannot hold"),
         (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--tp", "8", "--bs", "1"], "--bs"),
         (["--gpus", "8"], "--model_name is missing"),
+        (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--max_completion_length", "0"], "--max_completion_length must be"),
+        (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--gpu", "a100-80", "--fp8-format", "hybrid"], "a100-80 has no FP8"),
+        (["--model_name", "Qwen3-30B-A3B", "--gpus", "8", "--teacher-fp8"], "--teacher-fp8: the layers of Qwen3-30B-A3B"),
+        (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--tp", "2", "--tp-comm-overlap"], "add --sequence-parallel"),
     ],
 )
 def test_a_wrong_request_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +129,43 @@ def test_settings_that_save_memory_do(capsys: pytest.CaptureFixture[str]) -> Non
         assert peak(**change) < peak(), change
     for change in ({"use_distributed_optimizer": False}, {"micro_batch_size": 4}, {"vllm_mode": "colocate"}):
         assert peak(**change) > peak(), change
+
+
+def test_a_mode_without_a_teacher_or_samples_is_planned_without() -> None:
+    _, arch = find_arch("Llama-3.1-8B")
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+
+    def planned(mode: str, **more: Any) -> dict[str, Any]:
+        return plan_run(run_of(mode=mode, **layout, **more), arch, cluster(8), ASSUMED).numbers()
+
+    vanilla, sft, ssd = planned("vanilla"), planned("sft"), planned("ssd", sample_filter="stubs")
+    for one in (sft, ssd):
+        assert [(stage["teacher"], stage["ema"], stage["activations_heard"]) for stage in one["stages"]] == [(0, 0, 0)] * 2
+        assert one["seconds"]["teacher"] == one["seconds"]["ema"] == 0 < one["seconds"]["student"]
+        assert one["seconds"]["student"] < vanilla["seconds"]["student"]  # the head's logits of one model
+    assert sft["seconds"]["rollout"] == sft["seconds"]["sync"] == sft["stages"][0]["engine_generating"] == 0
+    assert ssd["seconds"]["rollout"] == vanilla["seconds"]["rollout"] > 0
+    assert planned("sft", eval_steps=10)["stages"][0]["engine_generating"] > 0  # an evaluation generates
+    half = planned("gkd", on_policy_share=0.5)["seconds"]["rollout"]
+    assert 0 < half < planned("gkd", on_policy_share=1.0)["seconds"]["rollout"]
+
+
+def test_fp8_copies_of_weights_are_counted() -> None:
+    _, arch = find_arch("Qwen2.5-7B")  # 28 layers with 233,046,016 numbers in matrices each, over 4 ranks
+    matrices = 28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18944) // 4
+    assert matrices == 28 * 233_046_016 // 4
+
+    def fp8(**more: Any) -> tuple[int, int]:
+        layout = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "use_distributed_optimizer": True, **SERVERS}
+        (stage,) = plan_run(run_of(**layout, **more), arch, cluster(8), ASSUMED).numbers()["stages"]
+        return stage["fp8_copies"], stage["fp8_leaving"]
+
+    assert fp8() == (0, 0)
+    assert fp8(fp8_format="hybrid") == (2 * matrices, 0)
+    assert fp8(fp8_format="hybrid", fp8_param_gather=True) == (0, 2 * matrices)
+    assert fp8(teacher_fp8=True) == (matrices, 0)
+    assert fp8(fp8_format="hybrid", teacher_fp8=True) == (3 * matrices, 0)
+    assert fp8(fp8_format="hybrid", teacher_fp8=True, teacher_memory="swap") == (2 * matrices, 0)
 
 
 def test_the_proposal_as_flags_is_the_proposal() -> None:

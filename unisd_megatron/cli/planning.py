@@ -13,9 +13,11 @@ from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.plan import GPUS, Arch, Assumed, Cluster, Plan, find_arch, flags, gpu_named, plan_run, propose, refuse
 from unisd_megatron.plan.hardware import GIB
+from unisd_megatron.plan.kernels import kernels
 from unisd_megatron.plan.page import table
 from unisd_megatron.plan.search import CHOSEN, distinct, nothing_fits
 from unisd_megatron.resolve import resolve
+from unisd_megatron.validation import validate_objective, validate_ranges
 
 _OWN = ("gpus", "gpu", "gpus_per_node", "gpu_memory_gib", "network_gbps", "efficiency", "bandwidth")
 _MEAN = ("mean_prompt_length", "mean_completion_length", "server_gpus")
@@ -48,7 +50,10 @@ def plan(request: argparse.Namespace, stated: tuple[dict[str, Any], dict[str, An
         raise ConfigError("--model_name is missing; give a published model's name, a config.json or its folder")
     shown, arch = find_arch(name)
     run = dataclasses.replace(_resolved((given, stated[1], stated[2])), model_name=shown)
+    validate_ranges(run)
+    validate_objective(run)
     cluster, assumed = _cluster(request), Assumed(request.efficiency, request.bandwidth, *(getattr(request, n) for n in _MEAN))
+    kernels(run, arch, cluster)  # what this GPU cannot compute with is no matter of layouts
     asked = frozenset(name for name, origin in run.origins.items() if origin in ("flag", "file"))
     if asked & CHOSEN:
         one = plan_run(run, arch, cluster, assumed)

@@ -46,6 +46,7 @@ class Student:
         self.row_multiple = 1 if platform is None else platform.row_multiple
         self._in_full: dict[str, Tensor] = {}
         self._gathers = platform is not None and platform.overlap_param_gather
+        self._reduces_early = platform is not None and platform.overlap_grad_reduce
         self._on_their_way = False
         ddp_config = distributed_config(layout, platform)
         self._ddp = [
@@ -75,7 +76,19 @@ class Student:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        schedule.learn(self._ddp, views, loss, self.grid)
+        schedule.learn(self._ddp, views, self._reaching_the_head(loss, len(views) - 1), self.grid)
+
+    def _reaching_the_head(self, loss: Callable[[int, Tensor], Tensor], last: int) -> Callable[[int, Tensor], Tensor]:
+        """Megatron reduces a bucket once all of its parameters have a gradient of the last micro-batch, and fails where one
+        never has; features alone (`match_repr`) do not reach the head."""
+        if not self._reduces_early:
+            return loss
+
+        def reaching(i: int, rows: Tensor) -> Tensor:
+            value = loss(i, rows)
+            return _Reaching.apply(value, self.model.head_weight()) if i == last else value
+
+        return reaching
 
     def step(self, number: int) -> float:
         """Applies the gradients as optimizer step `number` (from 0); returns its learning rate. Collective over all ranks."""
@@ -130,6 +143,20 @@ class Student:
         """This rank's reduced gradients by canonical name, fp32 (without the distributed optimizer)."""
         for name, parameter in self.model.named_shards():
             yield name, parameter.main_grad
+
+
+class _Reaching(torch.autograd.Function):
+    """A scalar as it is; in the backward pass `weight` gets a gradient of zeros, beside what else it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0], weight.new_zeros(()).expand_as(weight)
 
 
 def distributed_config(layout: Layout, platform: Platform | None = None) -> DistributedDataParallelConfig:

@@ -172,10 +172,12 @@ def activations(
     micro_batches: int = 1,
     how: Kernels | None = None,
     fused: bool = True,
+    teacher: bool = True,
 ) -> Activations:
     """At the peak of the student's pass on a rank of a pipeline stage, all micro-batches being as `rows`.
 
-    Args: how: what layers are computed with (None: as on a CPU); fused: whether the loss walks the vocabulary in chunks.
+    Args: how: what layers are computed with (None: as on a CPU); fused: whether the loss walks the vocabulary in chunks;
+    teacher: whether there is one, whose hidden states are compared with.
     """
     on_cpu = how is None or how == Kernels()
     counter = _Counter(arch, layout, rows, how or Kernels())
@@ -194,7 +196,7 @@ def activations(
     in_flight = held / max(1, layers_of(arch, layout, stage, 0))
     on_the_way = 0 if is_last else int(in_flight * hidden)  # outputs that the next stage was sent
     kept = -(-rows.kept // layout.context_parallel_size)
-    heard = micro_batches * kept * arch.hidden_size * counter.width if is_last else 0
+    heard = micro_batches * kept * arch.hidden_size * counter.width if is_last and teacher else 0
     working = max(_backward(counter), _loss(counter, kept, on_cpu=on_cpu, fused=fused) if is_last else 0)
     return Activations(saved, heard, on_the_way + working)
 

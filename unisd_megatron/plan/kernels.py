@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unisd_megatron.config import Run
+from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
 from unisd_megatron.plan.hardware import Cluster
 
@@ -29,18 +30,26 @@ class Kernels:
 
 
 def kernels(run: Run, arch: Arch, cluster: Cluster) -> Kernels:
-    """What mcore/layers.py and mcore/platform.py choose where everything is installed."""
+    """What mcore/layers.py and mcore/platform.py choose where everything is installed.
+
+    Raises `ConfigError` for FP8 on a GPU that has none, or for a family that is built from local modules.
+    """
+    asked = run.accelerator
+    covered = not arch.sandwich_norms and arch.local is None and arch.experts is None
+    flag = "--teacher-fp8" if asked.fp8_format is None else "--fp8-format"
+    if asked.fp8 and cluster.gpu.fp8 is None:
+        raise ConfigError(f"{flag}: {cluster.gpu.name} has no FP8; drop it, or plan for another --gpu")
+    if asked.fp8 and not covered:
+        raise ConfigError(f"{flag}: the layers of {run.model_name} are built from local modules, which have no FP8; drop it")
     if cluster.on_cpu:
         return Kernels()
-    asked = getattr(run, "accelerator", None)
-    covered = not arch.sandwich_norms and arch.local is None and arch.experts is None
     return Kernels(
-        engine=run.layout.bf16 and covered and getattr(asked, "transformer_impl", None) != "local",
-        flash=run.layout.bf16 and getattr(asked, "attention_backend", "auto") != "unfused",
+        engine=run.layout.bf16 and covered and asked.transformer_impl != "local",
+        flash=run.layout.bf16 and asked.attention_backend != "unfused",
         fused_gate=arch.activation == "silu",
-        fp8=getattr(asked, "fp8_format", None) is not None,
-        teacher_fp8=getattr(asked, "teacher_fp8", False),
-        fp8_weights=getattr(asked, "fp8_param_gather", False),
-        overlap=asked is not None and getattr(asked, "overlap_grad_reduce", None) is not False,
-        tensor_overlap=getattr(asked, "tp_comm_overlap", False),
+        fp8=asked.fp8_format is not None,
+        teacher_fp8=asked.teacher_fp8,
+        fp8_weights=asked.fp8_param_gather,
+        overlap=asked.overlap_grad_reduce is not False,
+        tensor_overlap=asked.tp_comm_overlap,
     )

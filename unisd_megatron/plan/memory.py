@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from unisd_megatron.config import Layout, Teacher
 from unisd_megatron.families import Arch
-from unisd_megatron.plan.parameters import buffers, chunks, parts
+from unisd_megatron.plan.kernels import Kernels
+from unisd_megatron.plan.parameters import buffers, chunks, layers_of, parts
 
 _FP32 = 4
 _EMA_BUCKET = 2**25  # mcore/shards.py's BUCKET: numbers of a row that are cut over the replicas at a time
@@ -44,7 +45,7 @@ def rank_bytes(
     layout: Layout,
     *,
     world_size: int,
-    teacher: str = "frozen",
+    teacher: str | None = "frozen",
     teacher_memory: str = "beside",
     pipeline_rank: int = 0,
     data_rank: int = 0,
@@ -52,8 +53,9 @@ def rank_bytes(
 ) -> RankBytes:
     """What the ranks of a pipeline stage hold; the same for all tensor-parallel and expert-parallel ranks.
 
-    Args: teacher, teacher_memory: as the settings of these names; data_rank: among data-parallel x context-parallel ranks, and
-    expert_data_rank among those with the same experts: what is cut over them need not be cut evenly.
+    Args: teacher, teacher_memory: as the settings of these names (None: there is no teacher); data_rank: among data-parallel x
+    context-parallel ranks, and expert_data_rank among those with the same experts: what is cut over them need not be cut
+    evenly.
     """
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
     apart = layout.expert_data_parallel_size(world_size)
@@ -71,6 +73,30 @@ def rank_bytes(
         optimizer=owned * (3 * _FP32 if layout.bf16 else 2 * _FP32),
         **kept,
     )
+
+
+@dataclass(frozen=True)
+class Fp8Bytes:
+    """What FP8 costs a rank beside weights in bf16, bytes. copies: kept from the first pass on; leaving: while weights
+    leave the student (`Student.in_full`)."""
+
+    copies: int = 0
+    leaving: int = 0
+
+
+def fp8_bytes(arch: Arch, layout: Layout, how: Kernels, *, lent: bool, stage: int) -> Fp8Bytes:
+    """Of the layers' matrices, as Transformer Engine keeps them on Hopper, whose FP8 products take both orders.
+
+    A student has an FP8 copy of each and its transpose, a teacher that only reads no transpose. Kept in FP8, weight and
+    transpose take together what `RankBytes.weights` counts for bf16. Args: lent: the teacher reads in the student's module.
+    """
+    count = sum(layers_of(arch, layout, stage, n) for n in range(layout.virtual_stages // layout.pipeline_model_parallel_size))
+    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    matrices = count * arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)
+    matrices //= layout.tensor_model_parallel_size
+    student = 2 * matrices if how.fp8 and not how.fp8_weights else 0
+    teacher = matrices if how.teacher_fp8 and not (lent and how.fp8) else 0
+    return Fp8Bytes(student + teacher, 2 * matrices if how.fp8_weights else 0)
 
 
 @functools.lru_cache(4096)
@@ -98,7 +124,7 @@ def _shard(total: int, ranks: int) -> int:
 
 def _teacher(arch: Arch, layout: Layout, settings: Teacher, numel: int, shard: int, width: int, stage: int) -> dict[str, int]:
     """The bytes of the teacher: docs/teacher_memory.md, in whole numbers."""
-    if settings.teacher == "live":
+    if settings.teacher in (None, "live"):
         return {"teacher": 0, "ema": 0, "host": 0, "reading": 0}
     is_ema = settings.teacher == "ema"
     ema = _FP32 * shard if is_ema else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unisd_megatron.plan.hardware import GIB
+from unisd_megatron.validation import teacher_kind
 
 if TYPE_CHECKING:
     from unisd_megatron.plan.plan import Plan
@@ -32,7 +33,7 @@ def lines(plan: Plan) -> list[str]:
     return [
         f"{run.model_name} on {cluster.gpus} x {gpu.name} ({cluster.nodes} nodes): {verdict}",
         f"layout   {describe(run)} DP {replicas}, global batch {layout.global_batch_size}; {', '.join(switches)}",
-        f"teacher  {run.teacher.teacher} {run.teacher.teacher_memory}; rollouts {_engine(plan)}",
+        f"teacher  {_teacher(plan)}; rollouts {_engine(plan)}",
         "",
         *_memory(plan),
         "",
@@ -46,6 +47,11 @@ def lines(plan: Plan) -> list[str]:
     ]
 
 
+def _teacher(plan: Plan) -> str:
+    kind = teacher_kind(plan.run)
+    return "none" if kind is None else f"{kind} {plan.run.teacher.teacher_memory}"
+
+
 def _engine(plan: Plan) -> str:
     one = plan.engine
     if one.kind == "colocate":
@@ -57,7 +63,7 @@ def _engine(plan: Plan) -> str:
         ranks = server_ranks(plan.arch, plan.cluster, 2 if plan.run.layout.bf16 else 4)
         gpus = max(ranks, plan.assumed.server_gpus or plan.cluster.gpus // 4)
         return f"vLLM on servers: {gpus // ranks} of {ranks} GPUs, beside those that train"
-    return {"replay": "recorded", "transformers": "transformers, a model on each rank"}[one.kind]
+    return {"replay": "recorded", "none": "none", "transformers": "transformers, a model on each rank"}[one.kind]
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -69,6 +75,7 @@ def _memory(plan: Plan) -> list[str]:
     rows = {
         "weights": [one.held.weights for one in ranks],
         "gradients (fp32)": [one.held.gradients for one in ranks],
+        "FP8 copies of weights": [one.fp8.copies for one in ranks],
         "optimizer": [one.held.optimizer for one in ranks],
         "teacher": [one.held.teacher for one in ranks],
         "EMA (fp32 shards)": [one.held.ema for one in ranks],
@@ -81,7 +88,8 @@ def _memory(plan: Plan) -> list[str]:
     }
     out = [f"{'GiB on a rank of stage':26}{head}"]
     out += [_row(name, [value / GIB for value in values]) for name, values in rows.items() if any(values)]
-    for phase in ("rollout", "teacher", "student"):
+    idle = {"rollout": plan.engine.kind == "none", "teacher": teacher_kind(plan.run) is None}
+    for phase in (name for name in ("rollout", "teacher", "student") if not idle.get(name)):
         out.append(_row(f"in all, {phase}", [one.phases[phase] / GIB for one in ranks]))
     peak = _row("peak", [one.peak / GIB for one in ranks])
     return [*out, f"{peak}  of {plan.cluster.gpu.memory / GIB:.1f}"]

@@ -13,19 +13,24 @@ from unisd_megatron.families import Arch
 from unisd_megatron.plan.activations import Activations, Rows, activations, reading
 from unisd_megatron.plan.hardware import GIB, Cluster
 from unisd_megatron.plan.kernels import Kernels, kernels
-from unisd_megatron.plan.memory import RankBytes, rank_bytes
+from unisd_megatron.plan.memory import Fp8Bytes, RankBytes, fp8_bytes, rank_bytes
 from unisd_megatron.plan.request import Assumed, views
 from unisd_megatron.plan.rollout import Engine, engine
 from unisd_megatron.plan.time import Clock, Seconds
+from unisd_megatron.validation import teacher_kind, validate_accelerator
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of the ranks of one pipeline stage. held: as long as the run lasts; activations: at the peak of the student's pass;
-    reading: the teacher's pass on top of weights; engine: of the rollout engine; reserved: what is kept free of all this."""
+    """Bytes of the ranks of one pipeline stage.
+
+    held: as long as the run lasts; fp8: beside it; activations: at the peak of the student's pass; reading: the teacher's pass
+    on top of weights; engine: of the rollout engine; reserved: what is kept free of all this.
+    """
 
     stage: int
     held: RankBytes
+    fp8: Fp8Bytes
     activations: Activations
     reading: int
     engine: Engine
@@ -35,9 +40,9 @@ class RankMemory:
     @property
     def phases(self) -> dict[str, int]:
         """What lies on the device in each phase of a step."""
-        held, always = self.held.device, self.engine.training
+        held, always = self.held.device + self.fp8.copies, self.engine.training
         return {
-            "rollout": held + self.engine.generating,
+            "rollout": held + self.engine.generating + self.fp8.leaving,
             "teacher": held + always + self.held.reading + self.reading,
             "student": held + always + self.activations.total,
         }
@@ -112,6 +117,8 @@ class Plan:
             {
                 **dataclasses.asdict(one.held),
                 **{f"activations_{name}": value for name, value in dataclasses.asdict(one.activations).items()},
+                "fp8_copies": one.fp8.copies,
+                "fp8_leaving": one.fp8.leaving,
                 "teacher_pass": one.reading,
                 "engine_training": one.engine.training,
                 "engine_generating": one.engine.generating,
@@ -150,6 +157,7 @@ def plan_run(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed | None = N
     assumed = assumed or Assumed()
     layout = run.layout
     layout.validate(cluster.gpus)
+    validate_accelerator(run, cluster.gpus)
     expert = layout.expert_model_parallel_size
     arch.check_layout(layout.tensor_model_parallel_size, layout.virtual_stages, run.model_name, expert, layout.pipeline_ends)
     how, one = kernels(run, arch, cluster), engine(run, arch, cluster)
@@ -157,7 +165,8 @@ def plan_run(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed | None = N
     fused = run.objective.loss_path != "materialized"
     count = layout.micro_batches(cluster.gpus)
     read = reading(arch, layout, rows, how, fused=fused)
-    heard = views(run)
+    teacher, heard = teacher_kind(run), views(run)
+    lent = run.teacher.teacher_memory != "beside"
     stages = layout.pipeline_model_parallel_size
     ranks = tuple(
         RankMemory(
@@ -166,11 +175,14 @@ def plan_run(run: Run, arch: Arch, cluster: Cluster, assumed: Assumed | None = N
                 arch,
                 layout,
                 world_size=cluster.gpus,
-                teacher=run.teacher.teacher or "frozen",
+                teacher=teacher,
                 teacher_memory=run.teacher.teacher_memory,
                 pipeline_rank=stage,
             ),
-            activations(arch, layout, rows, stage=stage, micro_batches=count, how=how, fused=fused),
+            fp8_bytes(arch, layout, how, lent=lent, stage=stage),
+            activations(
+                arch, layout, rows, stage=stage, micro_batches=count, how=how, fused=fused, teacher=teacher is not None
+            ),
             read if heard else 0,
             one,
             0 if cluster.on_cpu else int(assumed.reserved),

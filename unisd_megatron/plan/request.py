@@ -52,7 +52,9 @@ def _mean(what: str, stated: int | None, longest: int) -> int:
 
 
 def views(run: Run) -> int:
-    """Views that the teacher reads of each sequence: the primary one, auxiliary ones, the negative."""
+    """Views that the teacher reads of each sequence: the primary one, auxiliary ones, the negative; none without a teacher."""
+    if run.method.likelihood:
+        return 0
     gamma = run.objective.gamma_agreement or 0.0
     auxiliary = run.data.num_auxiliary_contexts if run.agreement is not None and gamma > 0 else 0
     return 1 + auxiliary + run.needs_negative

@@ -10,6 +10,7 @@ from unisd_megatron.config import Run
 from unisd_megatron.families import Arch
 from unisd_megatron.plan.hardware import GIB, Cluster
 from unisd_megatron.plan.parameters import parts
+from unisd_megatron.validation import needs_engine
 
 _BUCKETS = 3 * 256 * 2**20  # weights/buckets.py's, at most three for a moment
 
@@ -22,7 +23,7 @@ class Engine:
     engines: how many there are (0: servers elsewhere, or none); tensor: ranks that share one; sequences: of a step, on each.
     """
 
-    kind: Literal["transformers", "colocate", "server", "replay"]
+    kind: Literal["transformers", "colocate", "server", "replay", "none"]
     weights: int = 0
     cache: int = 0
     always: bool = True
@@ -57,6 +58,8 @@ def whole(arch: Arch) -> int:
 
 def engine(run: Run, arch: Arch, cluster: Cluster) -> Engine:
     """What the run's settings ask for."""
+    if not needs_engine(run):
+        return Engine("none")
     width = 2 if run.layout.bf16 else 4
     longest = run.data.max_prompt_length + run.rollout.max_completion_length
     if run.vllm.use_vllm and run.vllm.vllm_mode == "server":

@@ -16,6 +16,7 @@ from unisd_megatron.plan.plan import Plan, plan_run
 from unisd_megatron.plan.request import Assumed
 from unisd_megatron.plan.rollout import Engine
 from unisd_megatron.plan.rollout import engine as engine_of
+from unisd_megatron.validation import needs_engine, teacher_kind
 
 CUT = (
     "tensor_model_parallel_size",
@@ -206,7 +207,7 @@ def _stage_forms(arch: Arch, stated: Layout, stages: int, fixed: frozenset[str])
 
 def _memories(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
     """Where the teacher's weights are kept, the cheapest in time first."""
-    kinds = ("beside",) if run.teacher.teacher == "live" else ("beside", "swap", "host")
+    kinds = ("beside",) if teacher_kind(run) in (None, "live") else ("beside", "swap", "host")
     for kind in _choices(run.teacher.teacher_memory, kinds, "teacher_memory", fixed):
         yield dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, teacher_memory=kind))
 
@@ -214,7 +215,7 @@ def _memories(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
 def _engines(run: Run, fixed: frozenset[str]) -> Iterator[Run]:
     """Rollout engines: what was asked for, or vLLM in the training processes, asleep while they train, on ever more
     ranks; servers where none of these fits."""
-    if fixed & {"rollout", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"}:
+    if not needs_engine(run) or fixed & {"rollout", "use_vllm", "vllm_mode", "vllm_tensor_parallel_size"}:
         yield run
         return
     for ranks, part in itertools.product((1, 2, 4, 8, 16), (0.3, 0.5, 0.7)):

@@ -15,6 +15,7 @@ from unisd_megatron.plan.kernels import Kernels
 from unisd_megatron.plan.memory import RankBytes
 from unisd_megatron.plan.request import Assumed, views
 from unisd_megatron.plan.rollout import Engine, token_cache, whole
+from unisd_megatron.validation import samples, teacher_kind
 
 _BUS = 55e9  # bytes per second of PCIe gen 5, for what waits in host memory
 _REDUCE = 12e-6  # seconds of one small all-reduce on a GPU
@@ -67,7 +68,9 @@ class Clock:
         reduce = self._reduce_gradients()
         hidden = self.how.overlap and self.layout.pipeline_model_parallel_size == 1
         student += 0.1 * reduce if hidden else reduce
-        bubble = self._bubble(1) * (of_student[1]) + self._bubble(views(self.run)) * of_teacher[1]
+        bubble = self._bubble(1) * of_student[1]
+        if views(self.run):
+            bubble += self._bubble(views(self.run)) * of_teacher[1]
         ema = self._ema()
         teacher += self._swap()
         return Seconds(
@@ -88,6 +91,8 @@ class Clock:
 
     def _passes(self, readings: int, *, backward: bool) -> tuple[float, tuple[float, float]]:
         """Of all sequences of a replica: `(seconds, (communication, computation without bubble))`."""
+        if readings == 0:
+            return 0.0, (0.0, 0.0)
         layout, arch = self.layout, self.arch
         tokens = self.run.layout.global_batch_size / self.replicas * self.length * readings
         times = 3 if backward else 1
@@ -99,9 +104,11 @@ class Clock:
         per_token = times * 2 * active_parameters(arch) / (_FP8_GAIN if fp8 else 1) + scores_times * pairs
         ranks = layout.model_parallel_size
         compute = tokens * per_token / ranks / self.rate
-        # The head reads kept tokens only: forward once for every view; divergence and gradient make both models' logits again.
+        # The head reads kept tokens only: forward once for every view; divergence and gradient make both models' logits again,
+        # a likelihood the student's.
         kept = tokens * self.completion / self.length
-        head = (12 if backward else 2 * (readings - 1) / readings) * arch.hidden_size * arch.padded_vocab_size
+        trained = 8 if self.run.method.likelihood else 12
+        head = (trained if backward else 2 * (readings - 1) / readings) * arch.hidden_size * arch.padded_vocab_size
         compute += kept * head / (layout.tensor_model_parallel_size * layout.context_parallel_size) / self.rate
         wait = self._messages(tokens, times)
         busy = compute + wait
@@ -153,7 +160,7 @@ class Clock:
         )
 
     def _ema(self) -> float:
-        if self.run.teacher.teacher != "ema":
+        if teacher_kind(self.run) != "ema":
             return 0.0
         every = self.run.teacher.ref_model_sync_steps or 10
         bus = _BUS if self.run.teacher.teacher_memory == "host" else self.assumed.bandwidth * self.cluster.gpu.hbm
@@ -168,14 +175,14 @@ class Clock:
 
     def _swap(self) -> float:
         """Weights that are exchanged before and after the teacher reads."""
-        if self.run.teacher.teacher == "live" or self.run.teacher.teacher_memory == "beside":
+        if teacher_kind(self.run) in (None, "live") or self.run.teacher.teacher_memory == "beside":
             return 0.0
         host = 4 * self.held.host / _BUS if self.run.teacher.teacher_memory == "host" else 0.0
         return 2 * self._gather() + host
 
     def _sync(self) -> float:
         """Whole weights reach every rank: shards gathered within tensor-parallel ranks, then sent from stage to stage."""
-        if self.engine.kind == "replay":
+        if self.engine.kind in ("replay", "none"):
             return 0.0
         size = self.width * whole(self.arch)
         if self.engine.kind == "server":
@@ -192,13 +199,14 @@ class Clock:
         """Prompts at the rate of matrix products, then one position after the other, each at the least for reading weights and
         cache. Sequences are taken to end evenly between 1 token and twice the mean, or the longest allowed."""
         one, arch = self.engine, self.arch
-        if one.kind == "replay":
+        if one.kind in ("replay", "none") or not samples(self.run):
             return 0.0
+        share = 1.0 if self.run.rollout.on_policy_share is None else self.run.rollout.on_policy_share
         tensor, engines = one.tensor, one.engines
         if one.kind == "server":
             tensor = server_ranks(arch, self.cluster, self.width)
             engines = max(1, (self.assumed.server_gpus or self.cluster.gpus // 4) // tensor)
-        batch = math.ceil(self.run.layout.global_batch_size / engines)
+        batch = math.ceil(share * self.run.layout.global_batch_size / engines)
         products = 2 * active_parameters(arch) + 2 * arch.hidden_size * arch.padded_vocab_size
         prefill = batch * self.prompt * 2 * active_parameters(arch) / tensor / self.rate
         positions = min(self.run.rollout.max_completion_length, 2 * self.completion)

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ from unisd_megatron.train.learner import Learner
 from unisd_megatron.train.rollouts import Origin, Rollouts
 from unisd_megatron.train.step import Parts
 from unisd_megatron.train.sync import Sync
-from unisd_megatron.validation import needs_engine, samples, server_urls, validate
+from unisd_megatron.validation import needs_engine, samples, server_urls, teacher_kind, validate
 from unisd_megatron.weights.buckets import WeightStream
 from unisd_megatron.weights.hf import eos_ids
 
@@ -231,15 +231,6 @@ def _rollouts(run: Run, prepared: Prepared, learner: Learner, starting: Teacher 
     share = (1.0 if run.rollout.on_policy_share is None else run.rollout.on_policy_share) if samples(run) else 0.0
     origin = Origin(share, starting, prepared.sample_filter, learner.grid.world)
     return Rollouts(engine, sync, sampler, prepared.prompts, sampling, seed=seed, lag=lag, last=last, origin=origin)
-
-
-def teacher_kind(run: Run) -> Literal["frozen", "ema", "live"] | None:
-    """The teacher of a run, if any. Under released semantics the EMA teacher never moves, as in the authors' LoRA runs."""
-    if run.method.likelihood:
-        return None
-    assert run.teacher.teacher is not None
-    released = run.objective.semantics == "released"
-    return "frozen" if released and run.teacher.teacher == "ema" else run.teacher.teacher
 
 
 def _engine(run: Run, prepared: Prepared, grid: Grid) -> RolloutEngine:
