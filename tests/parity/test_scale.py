@@ -30,7 +30,7 @@ COMMANDS = {
     "Llama-3.1-405B-Instruct": "--gpus 512 --tp 8 --pp 16 --sequence-parallel --account-for-embedding-in-pipeline-split "
     "--account-for-loss-in-pipeline-split",
     "Llama-3.1-70B-Instruct": "--gpus 64 --tp 8 --pp 4 --cp 2 --sequence-parallel",
-    "Qwen3-235B-A22B": "--gpus 16 --pp 2 --ep 8",
+    "Qwen3-30B-A3B": "--gpus 8 --pp 2 --ep 4",
 }
 
 
