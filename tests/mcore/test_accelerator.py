@@ -9,8 +9,6 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +18,12 @@ from megatron.core.transformer.enums import AttnBackend
 
 from unisd_megatron.config import Accelerator, Layout
 from unisd_megatron.errors import ConfigError, MissingDependency
-from unisd_megatron.families import Arch, family_of
-from unisd_megatron.mcore.layers import engine_covers
+from unisd_megatron.families import Arch
+from unisd_megatron.families.covering import engine_covers
 from unisd_megatron.mcore.model import transformer_config
 from unisd_megatron.mcore.platform import Platform, Probe, decide
 from unisd_megatron.mcore.student import distributed_config, optimizer_config
+from unisd_megatron.plan import find_arch
 from unisd_megatron.resolve import resolve
 from unisd_megatron.validation import validate
 
@@ -134,6 +133,7 @@ ASKED: dict[str, Any] = {
 }
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
+ENDS = {f"account_for_{end}_in_pipeline_split": True for end in ("embedding", "loss")}
 # Of each flag: what is asked for, and the fields of Megatron's configurations that must then be so. None: a flag of this
 # program's own, which Megatron is told through the shape of the batches it is given.
 ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -146,6 +146,7 @@ ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
         {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
         {"model.virtual_pipeline_model_parallel_size": 2},
     ),
+    **{name: ({**ENDS, "pipeline_model_parallel_size": 2}, {f"model.{name}": True}) for name in ENDS},
     "context_parallel_size": ({"context_parallel_size": 2}, {"model.context_parallel_size": 2}),
     "expert_model_parallel_size": ({"expert_model_parallel_size": 2}, {"model.expert_model_parallel_size": 2}),
     "sequence_parallel": (TP, {"model.sequence_parallel": True}),
@@ -184,8 +185,7 @@ ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 def arch_of(name: str) -> Arch:
-    config = json.loads((Path(__file__).parent.parent / f"families/configs/{name}.json").read_text())
-    return family_of(config).arch(config)
+    return find_arch(name)[1]
 
 
 def configured(flags: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from unisd_megatron.families import Arch
+from unisd_megatron.families.covering import engine_covers
 from unisd_megatron.mcore.attention import FlashSegmentAttention, LocalGlobalSelfAttention, SegmentAttention
 from unisd_megatron.mcore.experts import ReplicatedTokensMoELayer, Router
 from unisd_megatron.mcore.norm import RowParallelLinearThenNorm, SequenceParallelRMSNorm, ZeroCenteredRMSNorm
@@ -24,12 +25,6 @@ def layer_spec(
     spec = _local_spec(arch, config, platform)
     norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=norm)
-
-
-def engine_covers(arch: Arch) -> bool:
-    """Whether the family can be built from Transformer Engine's modules: norms behind a block, layers with a RoPE of their own
-    and experts have only been built from local ones here."""
-    return not arch.sandwich_norms and arch.local is None and arch.experts is None
 
 
 def _local_spec(arch: Arch, config: TransformerConfig, platform: Platform) -> ModuleSpec:

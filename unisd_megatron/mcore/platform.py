@@ -21,7 +21,7 @@ MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
 """Versions of megatron-core whose interfaces have been measured; the test suite runs on the first."""
 
 _FP8_FROM = (8, 9)
-_BLOCKS_ON, _BLOCKS_FROM_CUDA = 9, (12, 9)
+_BLOCKS_FROM_CUDA = (12, 9)
 _FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Of each recipe: the Transformer Engine from which Megatron takes it (`fp8_utils.get_fp8_recipe`)."""
 
@@ -194,17 +194,14 @@ def _require(asked: Accelerator, found: Probe) -> None:
 
 def _require_fp8(asked: Accelerator, found: Probe) -> None:
     assert found.capability is not None and found.transformer_engine is not None
-    flag = "--teacher-fp8" if asked.fp8_format is None else "--fp8-format"
-    major, minor = found.capability
     if found.capability < _FP8_FROM:
+        major, minor = found.capability
         raise ConfigError(
-            f"{flag}: this GPU (compute capability {major}.{minor}) has no FP8; it needs 8.9 or more, such as Hopper's 9.0"
+            f"{asked.fp8_flag}: this GPU (compute capability {major}.{minor}) has no FP8; it needs 8.9 or more, such as "
+            "Hopper's 9.0"
         )
     recipe = asked.fp8_recipe or "tensorwise"
-    if recipe == "blockwise" and major != _BLOCKS_ON:
-        raise ConfigError(
-            f"--fp8-recipe blockwise is made for Hopper (compute capability 9.0), not {major}.{minor}; use tensorwise"
-        )
+    asked.check_recipe(found.capability)
     if recipe == "blockwise" and found.cuda < _BLOCKS_FROM_CUDA:
         raise ConfigError(
             f"--fp8-recipe blockwise needs CUDA 12.9, and torch is built for {found.cuda[0]}.{found.cuda[1]}; use tensorwise"
