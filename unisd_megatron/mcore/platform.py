@@ -15,6 +15,7 @@ import torch
 
 from unisd_megatron.config import Accelerator, Layout
 from unisd_megatron.errors import ConfigError, MissingDependency
+from unisd_megatron.families.covering import FLASH_ROWS
 from unisd_megatron.mcore import cpu
 
 MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
@@ -43,8 +44,9 @@ class Probe:
 class Platform:
     """What this process runs on, and why.
 
-    Attributes: reason: one line on device and layer spec; notes: the other choices, a line each; fp8_*: the student's;
-    teacher_fp8: the recipe that the teacher reads with, None for bf16.
+    Attributes: reason: one line on device and layer spec; notes: the other choices, a line each; attention: what is asked for,
+    which Transformer Engine is told; flash_attn: whether layers of local modules have flash-attn to choose; fp8_*: the
+    student's; teacher_fp8: the recipe that the teacher reads with, None for bf16.
     """
 
     device: torch.device
@@ -52,7 +54,8 @@ class Platform:
     layer_spec: str  # "transformer_engine" or "local"
     reason: str
     notes: tuple[str, ...] = ()
-    attention: Literal["auto", "flash", "fused", "unfused"] = "unfused"
+    attention: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    flash_attn: bool = False
     gradient_accumulation_fusion: bool = False
     tp_comm_overlap: bool = False
     overlap_grad_reduce: bool = False
@@ -119,7 +122,8 @@ def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1
         chosen = Platform(torch.device("cpu"), "gloo", "local", reason)
     else:
         chosen = _on_gpu(asked, found)
-    engine = chosen.layer_spec == "transformer_engine"
+    if asked.attention_backend == "flash" and chosen.layer_spec == "local" and not _one_rank_packs(layout):
+        raise ConfigError(f"{FLASH_ROWS}; use auto, or Transformer Engine")
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
     overlapping = found.capability is not None and replicas > 1
     reduce = overlapping if asked.overlap_grad_reduce is None else asked.overlap_grad_reduce
@@ -128,7 +132,8 @@ def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1
     recipe = asked.fp8_recipe or "tensorwise"
     chosen = replace(
         chosen,
-        attention=_attention(asked, layout, found, engine),
+        attention=asked.attention_backend,
+        flash_attn=found.capability is not None and found.flash_attn is not None,
         gradient_accumulation_fusion=(found.capability is not None and found.apex_wgrad) if fusion is None else fusion,
         tp_comm_overlap=asked.tp_comm_overlap,
         overlap_grad_reduce=reduce,
@@ -149,14 +154,6 @@ def _on_gpu(asked: Accelerator, found: Probe) -> Platform:
         return Platform(device, "nccl", "transformer_engine", reason)
     why = "without Transformer Engine" if found.transformer_engine is None else "with --transformer-impl local"
     return Platform(device, "nccl", "local", f"CUDA {why}: NCCL, local layer spec, megatron-core {found.megatron}")
-
-
-def _attention(asked: Accelerator, layout: Layout, found: Probe, engine: bool) -> Literal["auto", "flash", "fused", "unfused"]:
-    """Transformer Engine chooses by itself among what is installed; the local spec has flash-attn's and matrix products."""
-    if engine or asked.attention_backend != "auto":
-        return asked.attention_backend
-    fits = found.capability is not None and found.flash_attn is not None and layout.bf16
-    return "flash" if fits and layout.context_parallel_size == 1 else "unfused"
 
 
 def _require(asked: Accelerator, found: Probe) -> None:
@@ -214,14 +211,27 @@ def _require_fp8(asked: Accelerator, found: Probe) -> None:
         )
 
 
-def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
-    gpu, engine = found.capability is not None, chosen.layer_spec == "transformer_engine"
-    attention = {
-        "auto": "attention: chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells)",
-        "flash": f"attention: flash-attn {found.flash_attn}",
-        "fused": "attention: cuDNN's, through Transformer Engine",
-        "unfused": "attention: matrix products" + ("" if engine else ", segment by segment"),
+def _one_rank_packs(layout: Layout) -> bool:
+    return layout.packing and layout.context_parallel_size == 1
+
+
+def _attention_note(chosen: Platform, layout: Layout, found: Probe) -> str:
+    """The model is not known yet: layers may be local ones though Transformer Engine is there (`engine_covers`)."""
+    flash = chosen.flash_attn and chosen.attention in ("auto", "flash") and layout.bf16 and _one_rank_packs(layout)
+    local = f"flash-attn {found.flash_attn}" if flash else "matrix products, segment by segment"
+    if chosen.layer_spec == "local" or not layout.bf16:
+        return f"attention: {local}"
+    engine = {
+        "auto": "chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells)",
+        "flash": "flash-attn, through Transformer Engine",
+        "fused": "cuDNN's, through Transformer Engine",
+        "unfused": "matrix products, by Transformer Engine",
     }[chosen.attention]
+    return f"attention: {engine}; in families of local modules {local}"
+
+
+def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
+    gpu = found.capability is not None
     adam = (
         f"Transformer Engine's FusedAdam {found.transformer_engine}"
         if found.transformer_engine is not None
@@ -229,7 +239,7 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
         if found.apex_adam
         else "torch's Adam"
     )
-    lines = [f"{attention}; optimizer: {adam}"]
+    lines = [_attention_note(chosen, layout, found), f"optimizer: {adam}"]
     if gpu:
         kernel = "" if found.apex_wgrad else " (fused_weight_gradient_mlp_cuda is not installed)"
         off = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
-from unisd_megatron.families.covering import check_covered, engine_covers
+from unisd_megatron.families.covering import check_covered, engine_covers, flash_covers
 from unisd_megatron.plan.hardware import Cluster
 
 
@@ -42,9 +42,12 @@ def kernels(run: Run, arch: Arch, cluster: Cluster) -> Kernels:
     check_covered(run, arch)
     if cluster.on_cpu:
         return Kernels()
+    layout = run.layout
+    engine = layout.bf16 and engine_covers(arch) and asked.transformer_impl != "local"
+    flash = flash_covers(arch, bf16=layout.bf16, context_parallel_size=layout.context_parallel_size)
     return Kernels(
-        engine=run.layout.bf16 and engine_covers(arch) and asked.transformer_impl != "local",
-        flash=run.layout.bf16 and asked.attention_backend != "unfused",
+        engine=engine,
+        flash=asked.attention_backend != "unfused" and (engine or (layout.packing and flash)),
         fused_gate=arch.activation == "silu",
         fp8=asked.fp8_format is not None,
         teacher_fp8=asked.teacher_fp8,
