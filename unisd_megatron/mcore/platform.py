@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sysconfig
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -263,7 +265,10 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
 
 
 def check_megatron() -> str:
-    """The installed megatron-core version; `MissingDependency` outside the measured range or without its hidden needs."""
+    """The installed megatron-core version; `MissingDependency` outside the measured range or without its hidden needs.
+
+    To be called before anything imports Megatron.
+    """
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
@@ -280,7 +285,23 @@ def check_megatron() -> str:
         raise MissingDependency(
             "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"
         )
+    _check_engine()
     return version
+
+
+def _check_engine() -> None:
+    """Transformer Engine without its torch part fails while Megatron imports it, and not with the error that Megatron expects."""
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return
+    package = Path(spec.origin).parent
+    # Where Transformer Engine itself looks: beside it (in place), in it (built), in its wheels' folder.
+    places = (package.parent, package, package / "wheel_lib", Path(sysconfig.get_path("purelib")))
+    if not any(any(place.glob("transformer_engine_torch*.so")) for place in places):
+        raise MissingDependency(
+            "transformer-engine is installed without its torch part; pip install --no-build-isolation "
+            "'transformer-engine[pytorch]', or pip uninstall transformer-engine"
+        )
 
 
 def _local_rank() -> int:
