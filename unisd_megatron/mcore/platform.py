@@ -9,7 +9,8 @@ import importlib.metadata
 import importlib.util
 import os
 import sysconfig
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,12 @@ _FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Of each recipe: the Transformer Engine from which Megatron takes it (`fp8_utils.get_fp8_recipe`)."""
 
 
+_KERNELS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_EXPECTED = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001"}
+"""Of each --attention-backend: what Megatron sets these to, if they are not set; it fails where they are set otherwise."""
+_READ = _KERNELS
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a machine has. Versions are of installed packages; capability: of this process's GPU, such as (9, 0)."""
@@ -40,6 +47,7 @@ class Probe:
     flash_attn: str | None = None
     apex_adam: bool = False
     apex_wgrad: bool = False  # fused_weight_gradient_mlp_cuda, which Apex builds on request
+    environment: Mapping[str, str] = field(default_factory=dict)  # the variables of `_READ` that are set
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,18 @@ def probe() -> Probe:
         _version("flash_attn"),
         apex_adam=_importable("apex.optimizers"),
         apex_wgrad=_importable("fused_weight_gradient_mlp_cuda"),
+        environment={name: os.environ[name] for name in _READ if name in os.environ},
     )
 
 
 def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1) -> Platform:
     """The table of docs/gpu.md.
 
-    Raises `MissingDependency` for what is asked for and not installed, `ConfigError` for what this GPU cannot do.
+    Raises `MissingDependency` for what is asked for and not installed, `ConfigError` for what this GPU cannot do
+    or the environment contradicts.
     """
     _require(asked, found)
+    _check_environment(asked, found)
     if found.capability is None:
         reason = f"no CUDA: CPU, gloo, local layer spec, megatron-core {found.megatron}"
         chosen = Platform(torch.device("cpu"), "gloo", "local", reason)
@@ -156,6 +167,16 @@ def _on_gpu(asked: Accelerator, found: Probe) -> Platform:
         return Platform(device, "nccl", "transformer_engine", reason)
     why = "without Transformer Engine" if found.transformer_engine is None else "with --transformer-impl local"
     return Platform(device, "nccl", "local", f"CUDA {why}: NCCL, local layer spec, megatron-core {found.megatron}")
+
+
+def _check_environment(asked: Accelerator, found: Probe) -> None:
+    backend = "auto" if found.capability is None else asked.attention_backend
+    for name, expected in zip(_KERNELS, _EXPECTED[backend], strict=True):
+        if (value := found.environment.get(name, expected)) != expected:
+            raise ConfigError(
+                f"the environment has {name}={value}, and Megatron wants {expected} with --attention-backend {backend}; unset "
+                f"{', '.join(_KERNELS)}, and choose by the flag"
+            )
 
 
 def _require(asked: Accelerator, found: Probe) -> None:
@@ -290,7 +311,7 @@ def check_megatron() -> str:
 
 
 def _check_engine() -> None:
-    """Transformer Engine without its torch part fails while Megatron imports it, and not with the error that Megatron expects."""
+    """Transformer Engine without its torch part fails while Megatron imports it, and not as Megatron expects."""
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or spec.origin is None:
         return
