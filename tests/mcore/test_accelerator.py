@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from megatron.core import fp8_utils
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.enums import AttnBackend
 
 from unisd_megatron.config import Accelerator, Layout
@@ -132,33 +131,6 @@ def test_flash_that_would_be_ignored_is_refused() -> None:
         with pytest.raises(ConfigError, match="for packed rows on one context-parallel rank and for heads of at most 256"):
             check_covered(run, arch_of("gemma-3-1b-it"))
         check_covered(run, arch_of("Qwen2.5-7B-Instruct"))
-
-
-@pytest.mark.parametrize("backend", ["auto", "flash", "fused", "unfused"])
-def test_variables_that_megatron_would_stumble_over_are_refused(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
-    """Every value of every variable, against what Megatron itself does with it."""
-    names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-    model = SimpleNamespace(config=SimpleNamespace(attention_backend=AttnBackend[backend], flash_attention_version=None))
-    for name in names:
-        for value in ("0", "1"):
-            for one in names:  # Megatron sets them
-                monkeypatch.delenv(one, raising=False)
-            monkeypatch.setenv(name, value)
-            found = dataclasses.replace(FULL, environment={name: value})
-            asked = Accelerator(attention_backend=backend)
-            try:
-                LanguageModule._set_attention_backend(model)
-            except AssertionError:
-                with pytest.raises(ConfigError, match=f"has {name}={value}, and Megatron wants .* unset"):
-                    decide(asked, BF16, found)
-            else:
-                decide(asked, BF16, found)
-
-
-def test_the_environment_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
-    with pytest.raises(ConfigError, match="the environment has NVTE_FLASH_ATTN=0, and Megatron wants 1"):
-        choose()
 
 
 FP8 = Accelerator(fp8_format="hybrid")

@@ -26,6 +26,7 @@ MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
 
 _FP8_FROM = (8, 9)
 _BLOCKS_FROM_CUDA = (12, 9)
+_ONE_QUEUE_TO = 9  # the last major compute capability for which Megatron asks for CUDA_DEVICE_MAX_CONNECTIONS=1
 _FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Of each recipe: the Transformer Engine from which Megatron takes it (`fp8_utils.get_fp8_recipe`)."""
 
@@ -33,7 +34,8 @@ _FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 _KERNELS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _EXPECTED = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001"}
 """Of each --attention-backend: what Megatron sets these to, if they are not set; it fails where they are set otherwise."""
-_READ = _KERNELS
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_READ = (*_KERNELS, _CONNECTIONS)
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,28 @@ class Platform:
 def choose(asked: Accelerator | None = None, layout: Layout | None = None, world_size: int = 1) -> Platform:
     """What this process is to run on; installs the CPU adaptation where there is no CUDA.
 
+    Sets CUDA_DEVICE_MAX_CONNECTIONS to 1 where Megatron asks for it and it is not set; to be called before CUDA starts.
+
     Raises `MissingDependency` for megatron-core outside the measured versions, and as `decide` does.
     """
+    layout = layout or Layout()
+    ours = _shares_layers(layout) and _CONNECTIONS not in os.environ
+    if ours:
+        os.environ[_CONNECTIONS] = "1"  # before the probe, which asks CUDA: it is read where CUDA starts
     found = probe()
+    if ours and not _in_one_queue(layout, found):
+        del os.environ[_CONNECTIONS]
     cpu.install()
-    return decide(asked or Accelerator(), layout or Layout(), found, world_size)
+    return decide(asked or Accelerator(), layout, found, world_size)
+
+
+def _shares_layers(layout: Layout) -> bool:
+    return layout.tensor_model_parallel_size > 1 or layout.context_parallel_size > 1
+
+
+def _in_one_queue(layout: Layout, found: Probe) -> bool:
+    """Whether kernels must reach the GPU as they were issued, so that communication starts before what it hides behind."""
+    return _shares_layers(layout) and found.capability is not None and found.capability[0] <= _ONE_QUEUE_TO
 
 
 def probe() -> Probe:
@@ -272,6 +291,10 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
             "overlapped TP communication": (chosen.tp_comm_overlap, " (would pad rows to one length)"),
         }
         lines.append(", ".join(f"{name} {'on' if on else 'off' + why}" for name, (on, why) in off.items()))
+    if _in_one_queue(layout, found):
+        value = found.environment.get(_CONNECTIONS, "not set")
+        advice = "" if value == "1" else "; with 1, communication would start before what it hides behind"
+        lines.append(f"{_CONNECTIONS}: {value}{advice}")
     if chosen.fp8_format is not None:
         kept = "FP8, fp32 in the optimizer" if chosen.fp8_param_gather else "bf16"
         lines.append(
