@@ -73,7 +73,10 @@ class InMemory:
 
 
 class Rig:
-    """Tiny student and teacher under a layout, and the same two as `transformers` models."""
+    """Tiny student and teacher under a layout, and the same two as `transformers` models.
+
+    Args: platform: what it runs on, and whether gradients are reduced under the backward pass.
+    """
 
     def __init__(self, layout: Layout, platform: Platform, grid: Grid, family: str = "qwen2", path: str = "fused") -> None:
         self.layout, self.grid, self.path = layout, grid, path
@@ -89,7 +92,7 @@ class Rig:
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
             self._load(model, reference)
-        self.student = Student(models[0], layout, Optimization(), 10, grid)
+        self.student = Student(models[0], layout, Optimization(), 10, grid, platform)
         self.teacher = Teacher(models[1], "frozen", grid)
         self.samples = make_samples()
         if grid.world.rank == 0:
