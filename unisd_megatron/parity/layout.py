@@ -79,6 +79,7 @@ class Rig:
     """
 
     def __init__(self, layout: Layout, platform: Platform, grid: Grid, family: str = "qwen2", path: str = "fused") -> None:
+        oracle.without_tf32()
         self.layout, self.grid, self.path = layout, grid, path
         self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
         if layout.bf16:  # the oracle's weights are the rounded ones
