@@ -30,7 +30,7 @@ job() {
     fi
     trainers=("${hosts[@]:0:NODES-SERVER_NODES}")
     servers=("${hosts[@]:NODES-SERVER_NODES}")
-    export HEAD="${trainers[0]}" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+    export HEAD="${trainers[0]}" PORT="${PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
     export RUN_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" SERVER_HOSTS="${servers[*]}"
     # By a file and not by a signal through srun, which reaches every process of a step: programs that are being scored, servers.
     export STOP_FILE="$OUTPUT_DIR.stop-$RUN_ID"
