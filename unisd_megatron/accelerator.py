@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unisd_megatron.errors import ConfigError
 from unisd_megatron.setting import setting
+
+_BLOCKS_ON = 9  # the major compute capability whose matrix products take blockwise scales
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,16 @@ class Accelerator:
     def fp8(self) -> bool:
         """Whether anything is computed in FP8."""
         return self.fp8_format is not None or self.teacher_fp8
+
+    @property
+    def fp8_flag(self) -> str:
+        """The flag that asks for FP8."""
+        return "--teacher-fp8" if self.fp8_format is None else "--fp8-format"
+
+    def check_recipe(self, capability: tuple[int, int]) -> None:
+        """Raises `ConfigError` for scaling that a GPU of this compute capability is not made for."""
+        if self.fp8_recipe == "blockwise" and capability[0] != _BLOCKS_ON:
+            major, minor = capability
+            raise ConfigError(
+                f"--fp8-recipe blockwise is made for Hopper (compute capability 9.0), not {major}.{minor}; use tensorwise"
+            )

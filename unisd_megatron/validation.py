@@ -6,7 +6,7 @@ import multiprocessing
 from typing import Literal
 
 from unisd_megatron.caches import INDUCTION_CACHE, NEGATIVE_CACHE, Caches
-from unisd_megatron.config import Run
+from unisd_megatron.config import Accelerator, Layout, Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import BASELINES, MODES
 
@@ -26,6 +26,7 @@ def validate_accelerator(run: Run, world_size: int) -> None:
     """Raises `ConfigError` for what contradicts itself on any machine; `mcore.platform.decide` finds what a machine lacks."""
     asked, layout, local = run.accelerator, run.layout, run.accelerator.transformer_impl == "local"
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
+    check_replicas(asked, layout, world_size)
     teacher = asked.teacher_fp8
     checks = [
         (not asked.fp8 or layout.bf16, "--fp8-format and --teacher-fp8 cast from bf16; add --bf16"),
@@ -67,10 +68,6 @@ def validate_accelerator(run: Run, world_size: int) -> None:
             "--attention-backend fused is Transformer Engine's, which computes in bf16 here; add --bf16",
         ),
         (
-            not asked.overlap_grad_reduce or replicas > 1,
-            "--overlap-grad-reduce: with one data-parallel rank nothing is reduced; drop it",
-        ),
-        (
             not asked.overlap_param_gather or layout.use_distributed_optimizer,
             "--overlap-param-gather gathers what the distributed optimizer cuts up; add --use-distributed-optimizer",
         ),
@@ -87,6 +84,12 @@ def validate_accelerator(run: Run, world_size: int) -> None:
     for holds, message in checks:
         if not holds:
             raise ConfigError(message)
+
+
+def check_replicas(asked: Accelerator, layout: Layout, world_size: int) -> None:
+    """Raises `ConfigError` for gradients that are to be reduced early and have no other rank."""
+    if asked.overlap_grad_reduce and layout.data_parallel_size(world_size) * layout.context_parallel_size == 1:
+        raise ConfigError("--overlap-grad-reduce: with one data-parallel rank nothing is reduced; drop it")
 
 
 def _overlap_checks(run: Run) -> list[tuple[bool, str]]:

@@ -359,6 +359,7 @@ OTHERS: dict[str, tuple[str, list[str]]] = {
     "verify against nothing": ("verify --model_name model --against ./absent", ["absent: no such folder"]),
     "golden of a missing file": ("parity golden absent.json", ["absent.json", "not a golden-vector file"]),
     "golden of another file": ("parity golden model/config.json", ["model/config.json", "not a golden-vector file"]),
+    "parity overlapping nothing": ("parity --overlap-grad-reduce", ["with one data-parallel rank nothing is reduced"]),
     "parity at a wrong layout": ("parity --tp 2", ["1 processes", "tensor-parallel 2"]),
     "evaluate of nothing": ("evaluate --dataset addition", ["--references or --model_name"]),
     "evaluate of both": ("evaluate --dataset addition --references --model_name model", ["--references or --model_name"]),

@@ -9,8 +9,6 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +18,16 @@ from megatron.core.transformer.enums import AttnBackend
 
 from unisd_megatron.config import Accelerator, Layout
 from unisd_megatron.errors import ConfigError, MissingDependency
-from unisd_megatron.families import Arch, family_of
-from unisd_megatron.mcore.layers import engine_covers
+from unisd_megatron.families import Arch
+from unisd_megatron.families.covering import check_covered, engine_covers
+from unisd_megatron.mcore import start
+from unisd_megatron.mcore.attention import FlashSegmentAttention, SegmentAttention
+from unisd_megatron.mcore.layers import layer_spec
 from unisd_megatron.mcore.model import transformer_config
-from unisd_megatron.mcore.platform import Platform, Probe, decide
+from unisd_megatron.mcore.platform import Platform, Probe, choose, decide
 from unisd_megatron.mcore.student import distributed_config, optimizer_config
+from unisd_megatron.plan import GPUS, Cluster, find_arch
+from unisd_megatron.plan.kernels import kernels
 from unisd_megatron.resolve import resolve
 from unisd_megatron.validation import validate
 
@@ -35,16 +38,30 @@ ENGINE = dataclasses.replace(BARE, transformer_engine="2.8.0")
 FULL = dataclasses.replace(ENGINE, apex_adam=True, apex_wgrad=True, flash_attn="2.8.3")
 AMPERE = dataclasses.replace(FULL, capability=(8, 0))
 BLACKWELL = dataclasses.replace(FULL, capability=(10, 0))
+BY_ENGINE = "attention: chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells); in families of local modules"
+PRODUCTS = "matrix products, segment by segment"
 MACHINES = {
     # layer spec, attention, gradient accumulation fusion, optimizer
-    "nothing": (CPU, "local", "unfused", False, "torch's Adam"),
-    "CUDA alone": (BARE, "local", "unfused", False, "torch's Adam"),
-    "flash-attn": (FLASH, "local", "flash", False, "torch's Adam"),
-    "Apex alone": (dataclasses.replace(BARE, apex_adam=True, apex_wgrad=True), "local", "unfused", True, "Apex's FusedAdam"),
-    "Transformer Engine": (ENGINE, "transformer_engine", "auto", False, "Transformer Engine's FusedAdam"),
-    "all": (FULL, "transformer_engine", "auto", True, "Transformer Engine's FusedAdam"),
-    "Ampere": (AMPERE, "transformer_engine", "auto", True, "Transformer Engine's FusedAdam"),
-    "Blackwell": (BLACKWELL, "transformer_engine", "auto", True, "Transformer Engine's FusedAdam"),
+    "nothing": (CPU, "local", f"attention: {PRODUCTS}", False, "torch's Adam"),
+    "CUDA alone": (BARE, "local", f"attention: {PRODUCTS}", False, "torch's Adam"),
+    "flash-attn": (FLASH, "local", "attention: flash-attn 2.8.3", False, "torch's Adam"),
+    "Apex alone": (
+        dataclasses.replace(BARE, apex_adam=True, apex_wgrad=True),
+        "local",
+        f"attention: {PRODUCTS}",
+        True,
+        "Apex's FusedAdam",
+    ),
+    "Transformer Engine": (
+        ENGINE,
+        "transformer_engine",
+        f"{BY_ENGINE} {PRODUCTS}",
+        False,
+        "Transformer Engine's FusedAdam",
+    ),
+    "all": (FULL, "transformer_engine", f"{BY_ENGINE} flash-attn 2.8.3", True, "Transformer Engine's FusedAdam"),
+    "Ampere": (AMPERE, "transformer_engine", f"{BY_ENGINE} flash-attn 2.8.3", True, "Transformer Engine's FusedAdam"),
+    "Blackwell": (BLACKWELL, "transformer_engine", f"{BY_ENGINE} flash-attn 2.8.3", True, "Transformer Engine's FusedAdam"),
 }
 BF16 = Layout(bf16=True, use_distributed_optimizer=True)
 
@@ -54,7 +71,7 @@ def test_what_is_there_is_chosen_and_said(name: str) -> None:
     found, spec, attention, fusion, adam = MACHINES[name]
     for world_size in (1, 2):
         platform = decide(Accelerator(), BF16, found, world_size)
-        assert (platform.layer_spec, platform.attention, platform.gradient_accumulation_fusion) == (spec, attention, fusion)
+        assert (platform.layer_spec, platform.notes[0], platform.gradient_accumulation_fusion) == (spec, attention, fusion)
         assert platform.overlap_grad_reduce is platform.overlap_param_gather is (name != "nothing" and world_size == 2)
         assert not platform.tp_comm_overlap and platform.row_multiple == 1 and "FP8" not in " ".join(platform.lines)
         assert adam in " ".join(platform.lines)
@@ -70,8 +87,50 @@ def test_what_is_there_is_chosen_and_said(name: str) -> None:
         found,
         2,
     )
-    assert (refused.layer_spec, refused.attention) == ("local", "unfused")
+    assert (refused.layer_spec, refused.attention, refused.notes[0]) == ("local", "unfused", f"attention: {PRODUCTS}")
     assert not (refused.gradient_accumulation_fusion or refused.overlap_grad_reduce or refused.overlap_param_gather)
+
+
+# Of a family, a machine and a layout: what layers of local modules attend with.
+ATTENDING: list[tuple[str, Probe, Accelerator, Layout, type]] = [
+    ("gemma-3-1b-it", FULL, Accelerator(), BF16, FlashSegmentAttention),
+    ("gemma-3-1b-it", FULL, Accelerator(attention_backend="flash"), BF16, FlashSegmentAttention),
+    ("gemma-3-1b-it", FULL, Accelerator(attention_backend="unfused"), BF16, SegmentAttention),
+    ("gemma-3-1b-it", ENGINE, Accelerator(), BF16, SegmentAttention),
+    ("Qwen3-30B-A3B", FULL, Accelerator(), BF16, FlashSegmentAttention),
+    ("Qwen3-30B-A3B", FULL, Accelerator(), Layout(bf16=True, context_parallel_size=2), SegmentAttention),
+    ("Qwen2.5-7B-Instruct", FULL, Accelerator(), Layout(), SegmentAttention),
+    ("Qwen2.5-7B-Instruct", FLASH, Accelerator(), BF16, FlashSegmentAttention),
+    ("Qwen2.5-7B-Instruct", FULL, Accelerator(transformer_impl="local"), BF16, FlashSegmentAttention),
+]
+
+
+@pytest.mark.parametrize(("name", "found", "asked", "layout", "core"), ATTENDING)
+def test_layers_of_local_modules_attend_with_what_is_there(
+    name: str, found: Probe, asked: Accelerator, layout: Layout, core: type
+) -> None:
+    platform = decide(asked, layout, found, 2)
+    arch = arch_of(name)
+    with start.world(choose(), Layout(), 1):
+        spec = layer_spec(arch, transformer_config(arch, layout, platform), platform, None)
+    assert spec.layer_specs[0].submodules.self_attention.submodules.core_attention is core
+    # What is planned for is the same; a plan takes both libraries to be installed.
+    if found is FULL:
+        run = resolve({**ASKED, "bf16": layout.bf16}, {})
+        run = dataclasses.replace(run, layout=layout, accelerator=asked)
+        assert kernels(run, arch, Cluster(8, 8, GPUS["h100"])).flash is (core is FlashSegmentAttention)
+
+
+def test_flash_that_would_be_ignored_is_refused() -> None:
+    asked, shared = Accelerator(attention_backend="flash"), dataclasses.replace(BF16, context_parallel_size=2)
+    for layout in (shared, dataclasses.replace(BF16, packing=False)):
+        with pytest.raises(ConfigError, match="for packed rows on one context-parallel rank; use auto, or Transformer Engine"):
+            decide(asked, layout, FLASH, 2)
+        decide(asked, layout, FULL, 2)
+        run = dataclasses.replace(resolve(ASKED, {}), layout=layout, accelerator=asked)
+        with pytest.raises(ConfigError, match="for packed rows on one context-parallel rank and for heads of at most 256"):
+            check_covered(run, arch_of("gemma-3-1b-it"))
+        check_covered(run, arch_of("Qwen2.5-7B-Instruct"))
 
 
 FP8 = Accelerator(fp8_format="hybrid")
@@ -134,6 +193,7 @@ ASKED: dict[str, Any] = {
 }
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
+ENDS = {f"account_for_{end}_in_pipeline_split": True for end in ("embedding", "loss")}
 # Of each flag: what is asked for, and the fields of Megatron's configurations that must then be so. None: a flag of this
 # program's own, which Megatron is told through the shape of the batches it is given.
 ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -146,6 +206,7 @@ ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
         {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
         {"model.virtual_pipeline_model_parallel_size": 2},
     ),
+    **{name: ({**ENDS, "pipeline_model_parallel_size": 2}, {f"model.{name}": True}) for name in ENDS},
     "context_parallel_size": ({"context_parallel_size": 2}, {"model.context_parallel_size": 2}),
     "expert_model_parallel_size": ({"expert_model_parallel_size": 2}, {"model.expert_model_parallel_size": 2}),
     "sequence_parallel": (TP, {"model.sequence_parallel": True}),
@@ -184,8 +245,7 @@ ARRIVES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 
 def arch_of(name: str) -> Arch:
-    config = json.loads((Path(__file__).parent.parent / f"families/configs/{name}.json").read_text())
-    return family_of(config).arch(config)
+    return find_arch(name)[1]
 
 
 def configured(flags: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +271,7 @@ def test_each_flag_arrives_in_megatrons_configuration(flag: str) -> None:
     before, after = configured({"bf16": False} if flag == "bf16" else {}), configured(asked)
     if fields is None:
         changed = {name for name in after if after[name] != before[name] and not name.startswith("model.init")}
-        assert not {name for name in changed if "method" not in name}, changed
+        assert not {name for name in changed - {"platform.notes"} if "method" not in name}, changed
         return
     assert {name: after[name] for name in fields} == fields
     assert any(before[name] != after[name] for name in fields), f"--{flag} changes none of its fields"

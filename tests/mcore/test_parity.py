@@ -63,6 +63,18 @@ def test_bf16_stays_within_what_rounding_costs(world: World) -> None:
     assert len(results) >= 20 and [case for case in results if not case.holds] == []
 
 
+def precision(rank: int, group: Any) -> tuple[str, bool, bool]:
+    """What products are computed in after a rig was built in a container that allows TF32."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    on_rig(rank, group, Layout(), lambda rig: None)
+    return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_fp32_is_not_tf32(world: World) -> None:
+    assert world.run(1, precision) == [("highest", False, False)]
+
+
 def importance(rig: Rig) -> tuple[float, float, float]:
     """Relative error of loss and gradient with truncated importance sampling, and the part of the ratios that it cuts."""
     settings = replace(dict(cases("fused"))["unisd_star, JSD 0.5, clip 0.2"], importance_cap=1.5)

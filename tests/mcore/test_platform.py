@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,18 @@ def test_a_megatron_outside_the_measured_range_is_refused(monkeypatch: pytest.Mo
 
 def test_the_installed_megatron_is_accepted() -> None:
     assert platforms.check_megatron() == importlib.metadata.version("megatron-core")
+
+
+def test_an_empty_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    libraries = tmp_path / "transformer_engine" / "wheel_lib"
+    libraries.mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('Found empty meta package')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependency, match="transformer-engine is installed without its torch part") as caught:
+        platforms.check_megatron()
+    assert "\n" not in str(caught.value)
+    (libraries / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
+    platforms.check_megatron()
 
 
 def test_the_cpu_adaptation_does_nothing_where_cuda_is_available() -> None:

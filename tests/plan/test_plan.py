@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -102,7 +103,18 @@ def test_where_nothing_fits_the_fewest_gpus_are_said_and_do() -> None:
         (["--gpus", "8"], "--model_name is missing"),
         (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--max_completion_length", "0"], "--max_completion_length must be"),
         (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--gpu", "a100-80", "--fp8-format", "hybrid"], "a100-80 has no FP8"),
-        (["--model_name", "Qwen3-30B-A3B", "--gpus", "8", "--teacher-fp8"], "--teacher-fp8: the layers of Qwen3-30B-A3B"),
+        (
+            ["--model_name", "Qwen3-30B-A3B", "--gpus", "8", "--teacher-fp8"],
+            "--teacher-fp8 is Transformer Engine's, and the",
+        ),
+        (
+            ["--model_name", "Gemma-3-27b-it", "--gpus", "8", "--attention-backend", "fused"],
+            "local modules; drop it",
+        ),
+        (
+            ["--model_name", "Qwen2.5-7B", "--gpus", "8", "--gpu", "b200", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
+            "--fp8-recipe blockwise is made for Hopper (compute capability 9.0), not 10.0; use tensorwise",
+        ),
         (["--model_name", "Qwen2.5-7B", "--gpus", "8", "--tp", "2", "--tp-comm-overlap"], "add --sequence-parallel"),
     ],
 )
@@ -148,6 +160,15 @@ def test_a_mode_without_a_teacher_or_samples_is_planned_without() -> None:
     assert planned("sft", eval_steps=10)["stages"][0]["engine_generating"] > 0  # an evaluation generates
     half = planned("gkd", on_policy_share=0.5)["seconds"]["rollout"]
     assert 0 < half < planned("gkd", on_policy_share=1.0)["seconds"]["rollout"]
+
+
+def test_shards_that_fp8_does_not_take_are_refused_as_in_training() -> None:
+    _, arch = find_arch("Qwen2.5-7B")
+    run = run_of(fp8_format="hybrid", tensor_model_parallel_size=2, **SERVERS)
+    plan_run(run, arch, cluster(8), ASSUMED)
+    odd = dataclasses.replace(arch, ffn_hidden_size=arch.ffn_hidden_size + 16)
+    with pytest.raises(ConfigError, match=r"--fp8-format: .* a rank of m has feed-forward width 9480; lower it"):
+        plan_run(run, odd, cluster(8), ASSUMED)
 
 
 def test_fp8_copies_of_weights_are_counted() -> None:

@@ -36,8 +36,8 @@ def that_run(machine: Machine, quick: bool = False) -> set[str]:
         (Machine(1, (9, 0), frozenset({"triton"})), OF_ONE_GPU),
         (Machine(1, (8, 0), EVERYTHING - {"vllm"}), OF_ONE_GPU | {"parity.te-bf16"}),
         (Machine(1, (9, 0), EVERYTHING - {"vllm"}), OF_ONE_GPU | {"parity.te-bf16", "fp8.teacher", "fp8.student"}),
-        (Machine(2, (9, 0)), ON_CPU),
-        (Machine(4, (9, 0)), ON_CPU | {"parity.tp2-pp2"}),
+        (Machine(2, (9, 0)), ON_CPU | {"parity.dp2"}),
+        (Machine(4, (9, 0)), ON_CPU | {"parity.dp2", "parity.tp2-pp2"}),
         (Machine(8, (9, 0), EVERYTHING), {check.name for check in CHECKS} - {"parity.single"}),
     ],
 )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from unisd_megatron.cli.dry_run import ONLY_HERE, dry_run
-from unisd_megatron.config import Layout
+from unisd_megatron.config import Accelerator, Layout
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.resolve import resolve
-from unisd_megatron.validation import validate
+from unisd_megatron.validation import check_replicas, validate
 
 
 def leads() -> bool:
@@ -151,15 +151,18 @@ def parity_layout(request: argparse.Namespace) -> int:
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     layout.validate(world)
+    asked = Accelerator(overlap_grad_reduce=getattr(request, "overlap_grad_reduce", None))
+    check_replicas(asked, layout, world)
     prepare_libraries()
     from unisd_megatron.mcore import platform as platforms
     from unisd_megatron.mcore import start
     from unisd_megatron.parity.layout import BF16_GRADIENT_TOLERANCE, BF16_TOLERANCE, TOLERANCE, Case, Rig, compare
 
-    platform = platforms.choose()
+    platform = platforms.choose(asked, layout, world)
     with start.world(platform, layout, seed=1) as grid:
         data = layout.data_parallel_size(world)
-        say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, {_rest(layout)}")
+        overlap = ", gradients reduced under the backward pass" if platform.overlap_grad_reduce else ""
+        say(f"{platform.reason}; TP {grid.tensor.size}, PP {grid.pipeline.size}, DP {data}, {_rest(layout)}{overlap}")
         say(f"{'case':32} {'loss':>12} {'loss error':>12} {'gradient error':>15} {'norm error':>12}")
 
         def line(case: Case) -> None:

@@ -230,6 +230,8 @@ def _add_parity(subparsers: Any) -> None:
         action="store_true",
         help="weights and activations in bf16 (on a GPU: Transformer Engine), looser bounds",
     )
+    item = next(item for _, item in all_settings() if item.name == "overlap_grad_reduce")
+    _add_setting(layout, GROUPS["accelerator"], item)
     flag(layout, "family", default="qwen2", help="model family of the tiny model (qwen2)")
     flag(
         layout,

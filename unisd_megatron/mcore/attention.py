@@ -79,9 +79,9 @@ class SegmentAttention(DotProductAttention):
 
 
 class FlashSegmentAttention(SegmentAttention):
-    """The same through flash-attn's kernel for packed rows: memory linear in the row. bf16 on a GPU.
+    """The same through flash-attn's kernel for packed rows: memory linear in the row. bf16 on a GPU, one context-parallel rank.
 
-    Padded rows, and rows shared by context-parallel ranks, go the way of `SegmentAttention`.
+    Padded rows go the way of `SegmentAttention`.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +89,6 @@ class FlashSegmentAttention(SegmentAttention):
         from flash_attn import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func
-        self._alone = config.context_parallel_size == 1
 
     def forward(
         self,
@@ -101,10 +100,8 @@ class FlashSegmentAttention(SegmentAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        if packed_seq_params is None or not self._alone:
-            return super().forward(
-                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params=packed_seq_params
-            )
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         said: Tensor = self._attend(
             query,
             key,

@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from unisd_megatron.families import Arch
+from unisd_megatron.families.covering import engine_covers, flash_covers
 from unisd_megatron.mcore.attention import FlashSegmentAttention, LocalGlobalSelfAttention, SegmentAttention
 from unisd_megatron.mcore.experts import ReplicatedTokensMoELayer, Router
 from unisd_megatron.mcore.norm import RowParallelLinearThenNorm, SequenceParallelRMSNorm, ZeroCenteredRMSNorm
@@ -26,19 +27,15 @@ def layer_spec(
     return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage=chunk), layer_norm=norm)
 
 
-def engine_covers(arch: Arch) -> bool:
-    """Whether the family can be built from Transformer Engine's modules: norms behind a block, layers with a RoPE of their own
-    and experts have only been built from local ones here."""
-    return not arch.sandwich_norms and arch.local is None and arch.experts is None
-
-
 def _local_spec(arch: Arch, config: TransformerConfig, platform: Platform) -> ModuleSpec:
     experts = None if arch.experts is None else arch.experts.count
     spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     norm = ZeroCenteredRMSNorm if arch.zero_centered_norms else SequenceParallelRMSNorm
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
-    attention.core_attention = FlashSegmentAttention if platform.attention == "flash" and config.bf16 else SegmentAttention
+    flash = platform.flash_attn and platform.attention in ("auto", "flash")
+    covered = flash_covers(arch, bf16=config.bf16, context_parallel_size=config.context_parallel_size)
+    attention.core_attention = FlashSegmentAttention if flash and covered else SegmentAttention
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     if arch.local is not None:

@@ -8,22 +8,34 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from unisd_megatron.config import Accelerator, Layout
 from unisd_megatron.errors import ConfigError, MissingDependency
+from unisd_megatron.families.covering import FLASH_ROWS
 from unisd_megatron.mcore import cpu
 
 MEGATRON_MIN, MEGATRON_MAX = (0, 16, 1), (0, 19, 2)
 """Versions of megatron-core whose interfaces have been measured; the test suite runs on the first."""
 
 _FP8_FROM = (8, 9)
-_BLOCKS_ON, _BLOCKS_FROM_CUDA = 9, (12, 9)
+_BLOCKS_FROM_CUDA = (12, 9)
+_ONE_QUEUE_TO = 9  # the last major compute capability for which Megatron asks for CUDA_DEVICE_MAX_CONNECTIONS=1
 _FP8_ENGINE = {"delayed": (2, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}
 """Of each recipe: the Transformer Engine from which Megatron takes it (`fp8_utils.get_fp8_recipe`)."""
+
+
+_KERNELS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_EXPECTED = {"auto": "111", "flash": "100", "fused": "010", "unfused": "001"}
+"""Of each --attention-backend: what Megatron sets these to, if they are not set; it fails where they are set otherwise."""
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+_READ = (*_KERNELS, _CONNECTIONS)
 
 
 @dataclass(frozen=True)
@@ -37,14 +49,16 @@ class Probe:
     flash_attn: str | None = None
     apex_adam: bool = False
     apex_wgrad: bool = False  # fused_weight_gradient_mlp_cuda, which Apex builds on request
+    environment: Mapping[str, str] = field(default_factory=dict)  # the variables of `_READ` that are set
 
 
 @dataclass(frozen=True)
 class Platform:
     """What this process runs on, and why.
 
-    Attributes: reason: one line on device and layer spec; notes: the other choices, a line each; fp8_*: the student's;
-    teacher_fp8: the recipe that the teacher reads with, None for bf16.
+    Attributes: reason: one line on device and layer spec; notes: the other choices, a line each; attention: what is asked for,
+    which Transformer Engine is told; flash_attn: whether layers of local modules have flash-attn to choose; fp8_*: the
+    student's; teacher_fp8: the recipe that the teacher reads with, None for bf16.
     """
 
     device: torch.device
@@ -52,7 +66,8 @@ class Platform:
     layer_spec: str  # "transformer_engine" or "local"
     reason: str
     notes: tuple[str, ...] = ()
-    attention: Literal["auto", "flash", "fused", "unfused"] = "unfused"
+    attention: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    flash_attn: bool = False
     gradient_accumulation_fusion: bool = False
     tp_comm_overlap: bool = False
     overlap_grad_reduce: bool = False
@@ -86,11 +101,28 @@ class Platform:
 def choose(asked: Accelerator | None = None, layout: Layout | None = None, world_size: int = 1) -> Platform:
     """What this process is to run on; installs the CPU adaptation where there is no CUDA.
 
+    Sets CUDA_DEVICE_MAX_CONNECTIONS to 1 where Megatron asks for it and it is not set; to be called before CUDA starts.
+
     Raises `MissingDependency` for megatron-core outside the measured versions, and as `decide` does.
     """
+    layout = layout or Layout()
+    ours = _shares_layers(layout) and _CONNECTIONS not in os.environ
+    if ours:
+        os.environ[_CONNECTIONS] = "1"  # before the probe, which asks CUDA: it is read where CUDA starts
     found = probe()
+    if ours and not _in_one_queue(layout, found):
+        del os.environ[_CONNECTIONS]
     cpu.install()
-    return decide(asked or Accelerator(), layout or Layout(), found, world_size)
+    return decide(asked or Accelerator(), layout, found, world_size)
+
+
+def _shares_layers(layout: Layout) -> bool:
+    return layout.tensor_model_parallel_size > 1 or layout.context_parallel_size > 1
+
+
+def _in_one_queue(layout: Layout, found: Probe) -> bool:
+    """Whether kernels must reach the GPU as they were issued, so that communication starts before what it hides behind."""
+    return _shares_layers(layout) and found.capability is not None and found.capability[0] <= _ONE_QUEUE_TO
 
 
 def probe() -> Probe:
@@ -105,21 +137,25 @@ def probe() -> Probe:
         _version("flash_attn"),
         apex_adam=_importable("apex.optimizers"),
         apex_wgrad=_importable("fused_weight_gradient_mlp_cuda"),
+        environment={name: os.environ[name] for name in _READ if name in os.environ},
     )
 
 
 def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1) -> Platform:
     """The table of docs/gpu.md.
 
-    Raises `MissingDependency` for what is asked for and not installed, `ConfigError` for what this GPU cannot do.
+    Raises `MissingDependency` for what is asked for and not installed, `ConfigError` for what this GPU cannot do
+    or the environment contradicts.
     """
     _require(asked, found)
+    _check_environment(asked, found)
     if found.capability is None:
         reason = f"no CUDA: CPU, gloo, local layer spec, megatron-core {found.megatron}"
         chosen = Platform(torch.device("cpu"), "gloo", "local", reason)
     else:
         chosen = _on_gpu(asked, found)
-    engine = chosen.layer_spec == "transformer_engine"
+    if asked.attention_backend == "flash" and chosen.layer_spec == "local" and not _one_rank_packs(layout):
+        raise ConfigError(f"{FLASH_ROWS}; use auto, or Transformer Engine")
     replicas = layout.data_parallel_size(world_size) * layout.context_parallel_size
     overlapping = found.capability is not None and replicas > 1
     reduce = overlapping if asked.overlap_grad_reduce is None else asked.overlap_grad_reduce
@@ -128,7 +164,8 @@ def decide(asked: Accelerator, layout: Layout, found: Probe, world_size: int = 1
     recipe = asked.fp8_recipe or "tensorwise"
     chosen = replace(
         chosen,
-        attention=_attention(asked, layout, found, engine),
+        attention=asked.attention_backend,
+        flash_attn=found.capability is not None and found.flash_attn is not None,
         gradient_accumulation_fusion=(found.capability is not None and found.apex_wgrad) if fusion is None else fusion,
         tp_comm_overlap=asked.tp_comm_overlap,
         overlap_grad_reduce=reduce,
@@ -151,12 +188,14 @@ def _on_gpu(asked: Accelerator, found: Probe) -> Platform:
     return Platform(device, "nccl", "local", f"CUDA {why}: NCCL, local layer spec, megatron-core {found.megatron}")
 
 
-def _attention(asked: Accelerator, layout: Layout, found: Probe, engine: bool) -> Literal["auto", "flash", "fused", "unfused"]:
-    """Transformer Engine chooses by itself among what is installed; the local spec has flash-attn's and matrix products."""
-    if engine or asked.attention_backend != "auto":
-        return asked.attention_backend
-    fits = found.capability is not None and found.flash_attn is not None and layout.bf16
-    return "flash" if fits and layout.context_parallel_size == 1 else "unfused"
+def _check_environment(asked: Accelerator, found: Probe) -> None:
+    backend = "auto" if found.capability is None else asked.attention_backend
+    for name, expected in zip(_KERNELS, _EXPECTED[backend], strict=True):
+        if (value := found.environment.get(name, expected)) != expected:
+            raise ConfigError(
+                f"the environment has {name}={value}, and Megatron wants {expected} with --attention-backend {backend}; unset "
+                f"{', '.join(_KERNELS)}, and choose by the flag"
+            )
 
 
 def _require(asked: Accelerator, found: Probe) -> None:
@@ -194,17 +233,14 @@ def _require(asked: Accelerator, found: Probe) -> None:
 
 def _require_fp8(asked: Accelerator, found: Probe) -> None:
     assert found.capability is not None and found.transformer_engine is not None
-    flag = "--teacher-fp8" if asked.fp8_format is None else "--fp8-format"
-    major, minor = found.capability
     if found.capability < _FP8_FROM:
+        major, minor = found.capability
         raise ConfigError(
-            f"{flag}: this GPU (compute capability {major}.{minor}) has no FP8; it needs 8.9 or more, such as Hopper's 9.0"
+            f"{asked.fp8_flag}: this GPU (compute capability {major}.{minor}) has no FP8; it needs 8.9 or more, such as "
+            "Hopper's 9.0"
         )
     recipe = asked.fp8_recipe or "tensorwise"
-    if recipe == "blockwise" and major != _BLOCKS_ON:
-        raise ConfigError(
-            f"--fp8-recipe blockwise is made for Hopper (compute capability 9.0), not {major}.{minor}; use tensorwise"
-        )
+    asked.check_recipe(found.capability)
     if recipe == "blockwise" and found.cuda < _BLOCKS_FROM_CUDA:
         raise ConfigError(
             f"--fp8-recipe blockwise needs CUDA 12.9, and torch is built for {found.cuda[0]}.{found.cuda[1]}; use tensorwise"
@@ -217,14 +253,27 @@ def _require_fp8(asked: Accelerator, found: Probe) -> None:
         )
 
 
-def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
-    gpu, engine = found.capability is not None, chosen.layer_spec == "transformer_engine"
-    attention = {
-        "auto": "attention: chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells)",
-        "flash": f"attention: flash-attn {found.flash_attn}",
-        "fused": "attention: cuDNN's, through Transformer Engine",
-        "unfused": "attention: matrix products" + ("" if engine else ", segment by segment"),
+def _one_rank_packs(layout: Layout) -> bool:
+    return layout.packing and layout.context_parallel_size == 1
+
+
+def _attention_note(chosen: Platform, layout: Layout, found: Probe) -> str:
+    """The model is not known yet: layers may be local ones though Transformer Engine is there (`engine_covers`)."""
+    flash = chosen.flash_attn and chosen.attention in ("auto", "flash") and layout.bf16 and _one_rank_packs(layout)
+    local = f"flash-attn {found.flash_attn}" if flash else "matrix products, segment by segment"
+    if chosen.layer_spec == "local" or not layout.bf16:
+        return f"attention: {local}"
+    engine = {
+        "auto": "chosen by Transformer Engine for each shape (NVTE_DEBUG=1 tells)",
+        "flash": "flash-attn, through Transformer Engine",
+        "fused": "cuDNN's, through Transformer Engine",
+        "unfused": "matrix products, by Transformer Engine",
     }[chosen.attention]
+    return f"attention: {engine}; in families of local modules {local}"
+
+
+def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
+    gpu = found.capability is not None
     adam = (
         f"Transformer Engine's FusedAdam {found.transformer_engine}"
         if found.transformer_engine is not None
@@ -232,7 +281,7 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
         if found.apex_adam
         else "torch's Adam"
     )
-    lines = [f"{attention}; optimizer: {adam}"]
+    lines = [_attention_note(chosen, layout, found), f"optimizer: {adam}"]
     if gpu:
         kernel = "" if found.apex_wgrad else " (fused_weight_gradient_mlp_cuda is not installed)"
         off = {
@@ -242,6 +291,10 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
             "overlapped TP communication": (chosen.tp_comm_overlap, " (would pad rows to one length)"),
         }
         lines.append(", ".join(f"{name} {'on' if on else 'off' + why}" for name, (on, why) in off.items()))
+    if _in_one_queue(layout, found):
+        value = found.environment.get(_CONNECTIONS, "not set")
+        advice = "" if value == "1" else "; with 1, communication would start before what it hides behind"
+        lines.append(f"{_CONNECTIONS}: {value}{advice}")
     if chosen.fp8_format is not None:
         kept = "FP8, fp32 in the optimizer" if chosen.fp8_param_gather else "bf16"
         lines.append(
@@ -256,7 +309,10 @@ def _notes(chosen: Platform, layout: Layout, found: Probe) -> list[str]:
 
 
 def check_megatron() -> str:
-    """The installed megatron-core version; `MissingDependency` outside the measured range or without its hidden needs."""
+    """The installed megatron-core version; `MissingDependency` outside the measured range or without its hidden needs.
+
+    To be called before anything imports Megatron.
+    """
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
@@ -273,7 +329,23 @@ def check_megatron() -> str:
         raise MissingDependency(
             "psutil is missing (Megatron's checkpoint writer hangs for ever without it); pip install psutil"
         )
+    _check_engine()
     return version
+
+
+def _check_engine() -> None:
+    """Transformer Engine without its torch part fails while Megatron imports it, and not as Megatron expects."""
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return
+    package = Path(spec.origin).parent
+    # Where Transformer Engine itself looks: beside it (in place), in it (built), in its wheels' folder.
+    places = (package.parent, package, package / "wheel_lib", Path(sysconfig.get_path("purelib")))
+    if not any(any(place.glob("transformer_engine_torch*.so")) for place in places):
+        raise MissingDependency(
+            "transformer-engine is installed without its torch part; pip install --no-build-isolation "
+            "'transformer-engine[pytorch]', or pip uninstall transformer-engine"
+        )
 
 
 def _local_rank() -> int:

@@ -73,9 +73,13 @@ class InMemory:
 
 
 class Rig:
-    """Tiny student and teacher under a layout, and the same two as `transformers` models."""
+    """Tiny student and teacher under a layout, and the same two as `transformers` models.
+
+    Args: platform: what it runs on, and whether gradients are reduced under the backward pass.
+    """
 
     def __init__(self, layout: Layout, platform: Platform, grid: Grid, family: str = "qwen2", path: str = "fused") -> None:
+        oracle.without_tf32()
         self.layout, self.grid, self.path = layout, grid, path
         self.references = tiny_model(family, seed=1), tiny_model(family, seed=2)
         if layout.bf16:  # the oracle's weights are the rounded ones
@@ -89,7 +93,7 @@ class Rig:
         models = [build(self.arch, layout, platform, grid) for _ in self.references]
         for model, reference in zip(models, self.references, strict=True):
             self._load(model, reference)
-        self.student = Student(models[0], layout, Optimization(), 10, grid)
+        self.student = Student(models[0], layout, Optimization(), 10, grid, platform)
         self.teacher = Teacher(models[1], "frozen", grid)
         self.samples = make_samples()
         if grid.world.rank == 0:

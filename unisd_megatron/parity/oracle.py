@@ -15,6 +15,14 @@ from unisd_megatron.batch import NEGATIVE, STUDENT, TEACHER, Sample, auxiliary
 from unisd_megatron.mechanisms.objective import LossSettings
 
 
+def without_tf32() -> None:
+    """Products in fp32 of this process are fp32. On GPUs they may be TF32, with ten bits of mantissa, and NVIDIA's
+    containers switch that on (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1)."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 @dataclass(frozen=True)
 class Said:
     """What a model says about one completion behind one prompt, at its T tokens."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.families import Arch
+from unisd_megatron.families.covering import check_covered, engine_covers, flash_covers
 from unisd_megatron.plan.hardware import Cluster
 
 
@@ -32,20 +33,21 @@ class Kernels:
 def kernels(run: Run, arch: Arch, cluster: Cluster) -> Kernels:
     """What mcore/layers.py and mcore/platform.py choose where everything is installed.
 
-    Raises `ConfigError` for FP8 on a GPU that has none, or for a family that is built from local modules.
+    Raises `ConfigError` for FP8 on a GPU that has none, and as `check_recipe` and `check_covered` do, which training asks too.
     """
     asked = run.accelerator
-    covered = not arch.sandwich_norms and arch.local is None and arch.experts is None
-    flag = "--teacher-fp8" if asked.fp8_format is None else "--fp8-format"
     if asked.fp8 and cluster.gpu.fp8 is None:
-        raise ConfigError(f"{flag}: {cluster.gpu.name} has no FP8; drop it, or plan for another --gpu")
-    if asked.fp8 and not covered:
-        raise ConfigError(f"{flag}: the layers of {run.model_name} are built from local modules, which have no FP8; drop it")
+        raise ConfigError(f"{asked.fp8_flag}: {cluster.gpu.name} has no FP8; drop it, or plan for another --gpu")
+    asked.check_recipe(cluster.gpu.capability)
+    check_covered(run, arch)
     if cluster.on_cpu:
         return Kernels()
+    layout = run.layout
+    engine = layout.bf16 and engine_covers(arch) and asked.transformer_impl != "local"
+    flash = flash_covers(arch, bf16=layout.bf16, context_parallel_size=layout.context_parallel_size)
     return Kernels(
-        engine=run.layout.bf16 and covered and asked.transformer_impl != "local",
-        flash=run.layout.bf16 and asked.attention_backend != "unfused",
+        engine=engine,
+        flash=asked.attention_backend != "unfused" and (engine or (layout.packing and flash)),
         fused_gate=arch.activation == "silu",
         fp8=asked.fp8_format is not None,
         teacher_fp8=asked.teacher_fp8,

@@ -44,6 +44,7 @@ def lines(plan: Plan) -> list[str]:
         f"{plan.assumed.prompt(run)} + {plan.assumed.completion(run)} tokens on average,",
         f"matrix products at {plan.assumed.efficiency:.0%} and bandwidths at {plan.assumed.bandwidth:.0%} of their ratings "
         "(docs/planning.md).",
+        *([] if cluster.on_cpu else ["Transformer Engine and flash-attn are taken to be installed."]),
     ]
 
 

@@ -70,7 +70,7 @@ def _parity(name: str, ranks: int, shows: str, *flags: str) -> Check:
                 return "the layouts of several GPUs contain it"
             return _needs(machine, quick, gpus=ranks)
         if name not in CPU_LAYOUTS:
-            return f"needs {ranks} GPU{'s' * (ranks > 1)}; on a CPU tp2 and pp2 show the same code"
+            return f"needs {ranks} GPU{'s' * (ranks > 1)}; on a CPU tp2 and pp2 are enough"
         return "left out by --quick" if quick and name != "tp2" else None
 
     def jobs(work: Work) -> list[Job]:
@@ -95,6 +95,7 @@ PARITY = (
     _parity("single", 1, "one GPU, fp32"),
     _parity("tp2", 2, "tensor parallel 2, fp32", "--tp", "2"),
     _parity("pp2", 2, "pipeline parallel 2, fp32", "--pp", "2"),
+    _parity("dp2", 2, "data parallel 2, gradients reduced under the backward pass, fp32", "--overlap-grad-reduce"),
     _parity("tp2-pp2", 4, "TP 2 x PP 2, sequence parallel, fp32", "--tp", "2", "--pp", "2", "--sequence-parallel"),
     _parity(
         "tp2-pp2-dp2", 8, "TP 2 x PP 2 x DP 2, sequence parallel, fp32", *["--tp", "2", "--pp", "2", "--sequence-parallel"]

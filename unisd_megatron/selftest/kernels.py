@@ -123,6 +123,7 @@ def _with_gradients(
 
 
 def main(paths: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+    oracle.without_tf32()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for dtype in dtypes:

@@ -17,8 +17,8 @@ from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Sampler, Task, build_examples
 from unisd_megatron.data.tokens import encode_examples, encode_prompt, encode_references
 from unisd_megatron.errors import ConfigError
+from unisd_megatron.families.covering import check_covered
 from unisd_megatron.grid import Grid
-from unisd_megatron.mcore.layers import engine_covers
 from unisd_megatron.mcore.model import Stage
 from unisd_megatron.mcore.platform import Platform
 from unisd_megatron.mcore.precision import in_fp8
@@ -74,7 +74,7 @@ def prepare(run: Run, world_size: int) -> Prepared:
     order = order_of(run)
     task = order.task  # before the model is opened, which may mean to download it
     source = open_source(run.model_name, run.layout)
-    _check_accelerator(run, source)
+    check_covered(run, source.arch)
     tokenizer = load_tokenizer(source)
     records = order.pool
     views = loss_settings(run).views if run.agreement is not None else 0
@@ -113,35 +113,6 @@ def prepare(run: Run, world_size: int) -> Prepared:
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
     return Prepared(source, tokenizer, ends, task, prompts, max_steps, notes, sample_filter)
-
-
-def _check_accelerator(run: Run, source: Source) -> None:
-    """What is asked of Transformer Engine must suit the model."""
-    asked, arch, shards = run.accelerator, source.arch, run.layout.tensor_model_parallel_size
-    wanted = {
-        "--fp8-format": asked.fp8_format is not None,
-        "--teacher-fp8": asked.teacher_fp8,
-        "--tp-comm-overlap": asked.tp_comm_overlap,
-        "--transformer-impl transformer_engine": asked.transformer_impl == "transformer_engine",
-        "--attention-backend fused": asked.attention_backend == "fused",
-    }
-    flags = [flag for flag, on in wanted.items() if on]
-    if flags and not engine_covers(arch):
-        raise ConfigError(
-            f"{flags[0]} is Transformer Engine's, and the layers of {run.model_name} are built from local modules; drop it"
-        )
-    widths = {
-        "hidden size": arch.hidden_size,
-        "feed-forward width": arch.ffn_hidden_size / shards,
-        "attention's width": arch.num_attention_heads * arch.head_dim / shards,
-        "key-value width": 2 * arch.num_query_groups * arch.head_dim / shards,
-    }
-    odd = [f"{name} {size:g}" for name, size in widths.items() if size % 16]
-    if asked.fp8 and odd:
-        raise ConfigError(
-            f"{flags[0]}: FP8 matrix products take multiples of 16, and with --tensor-model-parallel-size {shards} a rank of "
-            f"{run.model_name} has {odd[0]}; lower it, or drop FP8"
-        )
 
 
 def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:
