@@ -71,6 +71,13 @@ def test_what_failed_is_named_with_its_last_words(swept: Path, tmp_path: Path) -
     assert len(page.tables["runs"]) == 1 + len(CELLS)
 
 
+def test_a_mode_whose_runs_all_failed_has_its_row(tmp_path: Path) -> None:
+    none = made.sweep(tmp_path / "sweep", [*CELLS, ("opsd", 0, None), ("opsd", 1, None)])
+    report([none], tmp_path / "out")
+    row = next(row for row in made.read(tmp_path / "out" / "index.html").tables["addition"] if row[0] == "opsd")
+    assert row[4:6] == ["missing", "missing"] and row[-3:] == ["–", "–", "–"]
+
+
 def test_every_run_has_its_page(swept: Path, tmp_path: Path) -> None:
     report([swept], tmp_path / "out")
     page = made.read(tmp_path / "out" / "index.html")

@@ -43,7 +43,7 @@ class Line:
     interval: tuple[float, float] | None
     missing: Mapping[int, str]
     against: Against | None
-    cost: Mapping[str, float]
+    cost: Mapping[str, float | None]
 
     @property
     def is_control(self) -> bool:
@@ -130,15 +130,15 @@ def _in_order(theirs: Mapping[int, Any], ours: Mapping[int, Any], seed: int) -> 
     return {seed: {name: theirs[seed][name] for name in ours[seed]}}
 
 
-def _cost(cells: Sequence[Cell]) -> dict[str, float]:
-    """Means over the runs that have them: seconds of all steps, tokens per second, peak memory."""
+def _cost(cells: Sequence[Cell]) -> dict[str, float | None]:
+    """Means over the runs that have them, None where no run has: seconds of all steps, tokens per second, peak memory."""
     records = [cell.record for cell in cells if cell.record is not None and cell.record.metrics]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {"seconds": [], "tokens_per_second": [], "peak_bytes": []}
     for record in records:
         seconds, tokens = (math.fsum(record.series(name)[1]) for name in ("seconds/step", "completions/tokens"))
         if seconds:
-            found.setdefault("seconds", []).append(seconds)
-            found.setdefault("tokens_per_second", []).append(tokens / seconds)
+            found["seconds"].append(seconds)
+            found["tokens_per_second"].append(tokens / seconds)
         if peak := record.series("memory/peak_bytes")[1]:
-            found.setdefault("peak_bytes", []).append(max(peak))
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+            found["peak_bytes"].append(max(peak))
+    return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
