@@ -52,7 +52,7 @@ def coarse(stage: Stage) -> Iterator[None]:
 
 def expected(rig: Rig) -> float:
     teacher = rig.references[1]
-    kept = [s for s in rig.samples if s.completion.finish_reason == "stop"]
+    kept = [s for s in rig.samples if s.counts and s.completion.finish_reason == "stop"]
 
     def said() -> list[Tensor]:
         with torch.no_grad():
