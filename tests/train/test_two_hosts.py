@@ -160,4 +160,4 @@ def test_the_curve_goes_on(stops: tuple[Path, list[Stop]], unbroken: list[dict[s
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens_per_second"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "tokens_per_second", "memory/"))} for row in rows]
