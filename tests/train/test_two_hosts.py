@@ -21,7 +21,7 @@ from unisd_megatron.train import checkpoint
 from unisd_megatron.train.metrics import read_metrics
 from world import World
 
-pytestmark = pytest.mark.timeout(900)  # three starts of four processes, each of them all imports: 90 s on two idle cores
+pytestmark = pytest.mark.timeout(900)  # three starts of four processes, each of them all imports
 ROOT = Path(__file__).parents[2]
 FLAGS: dict[str, Any] = {
     **QUICK,
