@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from unisd_megatron import processes
 from unisd_megatron.config import Run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.experiments import devices, state
@@ -142,11 +143,13 @@ class _Worker:
 
 
 def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Asks a process group to stop, and kills it when it does not."""
+    """Asks a process group to stop, and kills it when it does not, ranks in groups of their own included."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         child.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        processes.kill(child)
     with contextlib.suppress(ProcessLookupError):  # those of the group that are left
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
