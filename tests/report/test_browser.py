@@ -9,7 +9,7 @@ import pytest
 
 import made
 from browser import Browser, find
-from test_sweep import CELLS, some
+from test_sweep_pages import CELLS, some
 from unisd_megatron.report.run import report
 
 
