@@ -11,7 +11,7 @@ import pytest
 import made
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.evaluate.statistics import mcnemar, wilson
-from unisd_megatron.report.run import report
+from unisd_megatron.report.run import PAGES_A_WORKER, report
 
 BEFORE = [made.answer(f"q{i}", i < 3) for i in range(10)]
 AFTER = [made.answer(f"q{i}", 1 <= i < 9) for i in range(10)]
@@ -120,3 +120,15 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out" / "stale.png").write_text("of an earlier one")
     report([tmp_path / "run"], tmp_path / "out")
     assert not (tmp_path / "out" / "stale.png").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_several_processes_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [made.run(tmp_path / f"run{i}", made.metrics(2 + i)) for i in range(2 * PAGES_A_WORKER)]
+    report(runs, tmp_path / "by-several")
+    monkeypatch.setattr("unisd_megatron.report.run.PAGES_A_WORKER", len(runs) + 1)
+    report(runs, tmp_path / "by-one")
+    several, one = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "by-several", tmp_path / "by-one")
+    )
+    assert several == one and len(list((tmp_path / "by-one").glob("run-*.html"))) == len(runs)

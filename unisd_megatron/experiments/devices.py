@@ -8,7 +8,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from unisd_megatron.errors import ConfigError
@@ -19,9 +20,8 @@ def gpus() -> list[str]:
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [one.strip() for one in stated.split(",") if one.strip() not in ("", "-1")]
-    return sorted(
-        (p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)), key=int
-    )
+    shown = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    return [str(i) for i in range(len(shown))]  # CUDA counts those that it sees: a container's only one is 0, whatever its name
 
 
 def ranks_at_a_time() -> int:
@@ -29,15 +29,23 @@ def ranks_at_a_time() -> int:
     return len(gpus()) or len(os.sched_getaffinity(0))
 
 
-@contextlib.contextmanager
-def claim(count: int) -> Iterator[dict[str, str]]:
-    """Takes `count` GPUs that no other node on this machine has; the environment that shows them, empty without GPUs.
+@dataclass(frozen=True)
+class Claim:
+    """What a command is started with: the environment that shows its GPUs, and their locks, file descriptors to inherit."""
 
-    Waits until there are enough. Under Slurm the job's own are left as they are.
+    environment: Mapping[str, str]
+    locks: Sequence[int]
+
+
+@contextlib.contextmanager
+def claim(count: int) -> Iterator[Claim]:
+    """Takes `count` GPUs that no other node of this user on this machine has; nothing without GPUs.
+
+    Waits until there are enough. Under Slurm the job's own are left as they are. Raises `ConfigError` for more than there are.
     """
     names = gpus()
     if not names or "SLURM_JOB_ID" in os.environ:
-        yield {}
+        yield Claim({}, ())
         return
     if count > len(names):
         raise ConfigError(f"{count} ranks and {len(names)} GPUs on this machine ({', '.join(names)}); lower `processes`")
@@ -57,4 +65,4 @@ def claim(count: int) -> Iterator[dict[str, str]]:
             if len(taken) < count:
                 time.sleep(0.2)
         fcntl.flock(turn, fcntl.LOCK_UN)
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
+        yield Claim({"CUDA_VISIBLE_DEVICES": ",".join(taken)}, [streams[name].fileno() for name in taken])

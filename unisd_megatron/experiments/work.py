@@ -95,15 +95,15 @@ class _Worker:
         _note(log, shlex.join(command))
         begins = log.tell()
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-        with devices.claim(self._node.ranks) as visible:
+        with devices.claim(self._node.ranks) as gpus:
             self._child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment | visible,
+                env=environment | dict(gpus.environment),
                 start_new_session=True,
-                pass_fds=(self._lock,),
+                pass_fds=(self._lock, *gpus.locks),
             )
             status = self._child.wait()
         with self._log.open(encoding="utf-8", errors="replace") as said:

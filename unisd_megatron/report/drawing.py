@@ -51,6 +51,8 @@ def picture(name: str, title: str, note: str, draw: Callable[[Any], None], size:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
         draw(figure.subplots())
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # keeps the places it has found, or each format would look for them again
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
         figure.savefig(png, format="png", dpi=110, facecolor="white")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +17,8 @@ from unisd_megatron.report import drawing, pages
 from unisd_megatron.report.reading import Answers, RunRecord, Sweep, answers_of, read_evaluation, read_run, read_sweep, slug
 
 INDEX = "index.html"
+PAGES_A_WORKER = 4
+"""At least; for fewer, a process of its own takes longer to start than it saves."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,7 @@ def _several(records: Sequence[RunRecord], folder: Path) -> list[str]:
     titles = _apart([record.name for record in records])
     told = [_renamed(record, title) for record, title in zip(records, titles, strict=True)]
     found = {record.name: _Page(record, f"{name}.html") for record, name in zip(told, _files(titles), strict=True)}
-    for page in found.values():
-        _write_run(page, folder)
+    _write_runs(list(found.values()), folder)
     _write(folder, INDEX, pages.of_several(told, {name: page.file for name, page in found.items()}), [], folder)
     return [line for record in told for line in _problems(record)]
 
@@ -97,11 +103,24 @@ def _sweep(sweep: Sweep, folder: Path) -> list[str]:
         if before is not None and after is not None:
             pair = answers_of("before training", before[1]), answers_of("after training", after[1])
         found[cell.title] = _Page(cell.record, f"{name}.html", pair)
-        _write_run(found[cell.title], folder)
+    _write_runs(list(found.values()), folder)
     text, drawn = pages.of_sweep(sweep, {title: page.file for title, page in found.items()})
     _write(folder, INDEX, text, drawn, folder)
     missing = [f"{cell.title}: no result on {name} ({why})" for cell in sweep.cells for name, why in cell.missing.items()]
     return [*missing, *(line for page in found.values() for line in _problems(page.record))]
+
+
+def _write_runs(found: Sequence[_Page], folder: Path) -> None:
+    """On as many cores as there are: nearly all of a report's time is drawing."""
+    workers = min(len(os.sched_getaffinity(0)), len(found) // PAGES_A_WORKER)
+    write = functools.partial(_write_run, folder=folder)
+    if workers < 2:
+        list(map(write, found))
+        return
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignored) as pool:
+        list(pool.map(write, found))
 
 
 def _write_run(page: _Page, folder: Path) -> None:
