@@ -1,0 +1,68 @@
+"""The table and the picture of docs/study.md, from a finished study: `python tools/study_page.py runs/study`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from unisd_megatron.errors import UnisdError
+from unisd_megatron.report import comparison, drawing, pages, plots
+from unisd_megatron.report.comparison import Line
+from unisd_megatron.report.reading import Sweep, read_sweep
+
+DATASET = "addition"
+BEGIN, END = "<!-- begin: tools/study_page.py -->\n", "<!-- end -->\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--page", type=Path, default=Path("docs/study.md"))
+    request = parser.parse_args()
+    try:
+        study = read_sweep(request.sweep)
+    except UnisdError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    if missing := [cell.title for cell in study.cells if cell.missing]:
+        print(f"{request.sweep}: without a result: {', '.join(missing)}; finish the study first", file=sys.stderr)
+        return 1
+    lines = comparison.lines(study, DATASET)
+    before = study.base[DATASET][0]["accuracy"]
+    drawn = plots.sweep(lines, DATASET, before)
+    assert drawn is not None
+    drawing.write([drawing.Picture("study", drawn.title, drawn.note, drawn.svg, drawn.png)], request.page.parent)
+    head, _, rest = request.page.read_text(encoding="utf-8").partition(BEGIN)
+    text = head + BEGIN + "\n".join([*table(study, lines, before), ""]) + END + rest.partition(END)[2]
+    request.page.write_text(text, encoding="utf-8")
+    return 0
+
+
+def table(study: Sweep, lines: list[Line], before: float) -> list[str]:
+    """Markdown. Seconds and tokens are left out: two runs shared two cores."""
+    found = [
+        "| setting | correct, % | 95 % over seeds | each seed | less vanilla, points | 95 % over seeds | p, questions (Holm) |",
+        "|---|---|---|---|---|---|---|",
+        f"| before training | {pages.percent(before)} | | | | | |",
+    ]
+    for line in lines:
+        cells = [f"**{line.name}**" if line.is_control else line.name, pages.percent(line.mean), _interval(line.interval)]
+        cells.append(", ".join(pages.percent(share) for share in line.accuracies.values()))
+        against = line.against
+        if against is None:
+            cells += ["control", "", ""]
+        else:
+            low_high = "" if against.interval is None else " to ".join(pages.points(bound) for bound in against.interval)
+            cells += [pages.points(against.mean), low_high, pages.p_value(against.p_holm)]
+        found.append(f"| {' | '.join(cells)} |")
+    found += [f"| {row['mode']} | not run: {row['why']} | | | | | |" for row in study.not_run]
+    return found
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else " to ".join(pages.percent(bound) for bound in bounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
