@@ -7,17 +7,27 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
 def kill_tree(master: subprocess.Popen[str]) -> None:
-    for pid in (master.pid, *descendants(master.pid)):
+    pids = (master.pid, *descendants(master.pid))
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     master.wait()
+    wait_until(lambda: not alive(pids))  # until then they hold their locks
+
+
+def alive(pids: Sequence[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found += [pid] if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" else []
+    return found
 
 
 def descendants(pid: int) -> list[int]:

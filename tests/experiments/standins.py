@@ -11,9 +11,9 @@ ANSWERED = 'mkdir -p "$0" && echo \'{"accuracy": 0.5}\' > "$0/result.json"'
 
 
 def train(sweep: Path, name: str, script: str, needs: Sequence[str] = ()) -> Node:
-    """A training: `$0` is its folder, `$@` what the worker adds. Its export is made when the script is through."""
+    """A training: `$0` is its folder, `$@` what the worker adds. Finished with its script, unless that says `exit 0`."""
     folder = f"runs/{name}/seed0/train"
-    text = f'{script} && mkdir -p "$0/hf" && echo "{{}}" > "$0/hf/config.json"'
+    text = f'{script} && mkdir -p "$0/hf" && echo "{{}}" | tee "$0/hf/config.json" > "$0/finished.json"'
     return Node(f"train-{name}", "train", folder, ("bash", "-c", text, str(sweep / folder)), name, tuple(needs))
 
 

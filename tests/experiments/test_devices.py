@@ -70,7 +70,10 @@ def test_what_is_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert claim == devices.Claim({}, ())
 
 
-def test_a_jobs_gpus_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_a_cluster_count_their_gpus_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with devices.claim(2) as claim:
-        assert not claim.environment
+    with devices.claim(1) as first, devices.claim(1) as second:
+        assert {shown(first), shown(second)} == {"4", "GPU-6a"}
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        with devices.claim(2) as other:
+            assert shown(other) == "4,GPU-6a"

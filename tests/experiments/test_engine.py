@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from processes import ROOT, descendants, kill_tree, wait_until
+from processes import ROOT, alive, descendants, kill_tree, wait_until
 from standins import evaluate, graph, train
 from unisd_megatron.errors import CheckFailed, ConfigError
 from unisd_megatron.experiments import engine, state
 from unisd_megatron.experiments.graph import Node, Sweep
 from unisd_megatron.experiments.run import Manner, perform
+from unisd_megatron.experiments.work import ran_out
 
 
 @pytest.fixture
@@ -115,6 +116,47 @@ def test_attempts_are_bounded(sweep: Path, traces: Path, stated: dict[str, objec
     assert ran(traces) == {"tries": attempts}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "torch.AcceleratorError: CUDA error: out of memory",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL WARN Cuda failure 2 'out of memory'",
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB",
+        "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0",
+    ],
+)
+def test_what_is_said_when_memory_runs_out(said: str) -> None:
+    assert ran_out(1, f"step 3\n{said}\nexit\n")
+    assert not ran_out(1, "a MemoryError was not seen")
+
+
+def test_a_training_that_was_asked_to_stop_is_not_done(sweep: Path, traces: Path) -> None:
+    script = f'echo x >> {traces}/tries; test -e "$0" || {{ mkdir -p "$0/checkpoints/step_1"; exit 0; }}'
+    built = graph(sweep, [train(sweep, "a", script), evaluate(sweep, "a")])
+    said: list[str] = []
+    with pytest.raises(CheckFailed, match="1 failed .train-a., 1 not run"):
+        perform(built, Manner(sweep, jobs=2), said.append)
+    assert any("was asked to stop before its last step" in line for line in said)
+    assert {one.node.name: one.why for one in state.survey(sweep, built.nodes)}["train-a"] == "goes on from step_1"
+    run(built, sweep)
+    assert ran(traces) == {"tries": 2}
+
+
+def test_a_worker_that_cannot_begin_says_why(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    node = Node("train-a", "train", "runs/a/seed0/train", ("true",), "a", ranks=2)
+    with pytest.raises(ConfigError, match="2 ranks and 1 GPUs"):
+        run(graph(sweep, [node]), sweep)
+    assert not sweep.exists()
+    # As where another host carries it out.
+    said: list[str] = []
+    with engine.alone(sweep) as lock:
+        state.write(sweep / "sweep.json", graph(sweep, [node]).content())
+        found = engine.carry_out(sweep, [node], jobs=2, cluster=None, lock=lock, say=said.append)
+    assert found.failed == ["train-a"] and any("2 ranks and 1 GPUs on this machine" in line for line in said)
+
+
 def test_a_wrong_request_is_not_tried_again(sweep: Path, traces: Path) -> None:
     with pytest.raises(CheckFailed):
         run(graph(sweep, [train(sweep, "a", f"echo x >> {traces}/tries; exit 2")]), sweep)
@@ -173,15 +215,23 @@ def test_a_signal_ends_everything_that_was_started(sweep: Path, traces: Path) ->
     master.send_signal(signal.SIGTERM)
     said, _ = master.communicate(timeout=100)
     assert master.returncode == 143 and "stopping" in said
-    assert [
-        pid for pid in started if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    ] == []
+    assert not alive(started)
     assert not list(sweep.rglob("*.failed.json"))
+
+
+def test_nothing_goes_on_when_nobody_reads(sweep: Path, traces: Path) -> None:
+    master = start(sweep, traces)
+    wait_until(lambda: len(ran(traces)) == 2)
+    started = descendants(master.pid)
+    assert master.stdout is not None
+    master.stdout.close()
+    assert master.wait(100) != 0
+    assert not alive(started)
 
 
 def test_two_processes_do_not_carry_out_one_sweep(sweep: Path, traces: Path) -> None:
     built = graph(sweep, pairs(sweep, traces, "a"))
-    with engine.alone(sweep), pytest.raises(ConfigError, match="another process"):
+    with engine.alone(sweep), pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ \(or what it started\)"):
         run(built, sweep)
     assert ran(traces) == {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Not left to Python, which forgets what ended it where a library runs code at exit.
         print("unisd: interrupted", file=sys.stderr, flush=True)
         return 130
+    except BrokenPipeError:
+        # Who read this has what they wanted, as behind `| head`. Nor may Python meet the pipe again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LostContact as error:
         _end_without_peers(error)
         return 1

@@ -47,6 +47,7 @@ def add_experiments(subparsers: Any, add_settings: Callable[[Any], None], stated
     one = command(parts, "work", _work, "One node of a sweep: what its jobs call.")
     one.add_argument("sweep", metavar="SWEEP", help="folder of a sweep")
     one.add_argument("node", metavar="NODE", help="its name in sweep.json")
+    flag(one, "own_job", action="store_true", help="of a job submitted for it alone: all GPUs of the job are its own")
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def _study(request: argparse.Namespace) -> int:
 def _work(request: argparse.Namespace) -> int:
     from unisd_megatron.experiments.work import work
 
-    return work(Path(request.sweep), request.node)
+    return work(Path(request.sweep), request.node, own_job=request.own_job)
 
 
 def _carry_out(request: argparse.Namespace, grid: Any) -> int:

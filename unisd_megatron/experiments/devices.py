@@ -29,6 +29,13 @@ def ranks_at_a_time() -> int:
     return len(gpus()) or len(os.sched_getaffinity(0))
 
 
+def require(ranks: int) -> None:
+    """Raises `ConfigError` where a node has more ranks than this machine has GPUs. Without GPUs any number runs."""
+    names = gpus()
+    if names and ranks > len(names):
+        raise ConfigError(f"{ranks} ranks and {len(names)} GPUs on this machine ({', '.join(names)}); lower `processes`")
+
+
 @dataclass(frozen=True)
 class Claim:
     """What a command is started with: the environment that shows its GPUs, and their locks, file descriptors to inherit."""
@@ -39,18 +46,19 @@ class Claim:
 
 @contextlib.contextmanager
 def claim(count: int) -> Iterator[Claim]:
-    """Takes `count` GPUs that no other node of this user on this machine has; nothing without GPUs.
+    """Takes `count` GPUs that no other node of this user on this machine (in this Slurm job) has; nothing without GPUs.
 
-    Waits until there are enough. Under Slurm the job's own are left as they are. Raises `ConfigError` for more than there are.
+    Waits until there are enough. Raises `ConfigError` for more than there are.
     """
     names = gpus()
-    if not names or "SLURM_JOB_ID" in os.environ:
+    if not names:
         yield Claim({}, ())
         return
-    if count > len(names):
-        raise ConfigError(f"{count} ranks and {len(names)} GPUs on this machine ({', '.join(names)}); lower `processes`")
+    require(count)
     with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.gettempdir()) / f"unisd-gpus-{os.getuid()}"
+        # A Slurm job sees the GPUs of its own, and may count them from 0 as every other job does.
+        job = f"-{os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        folder = Path(tempfile.gettempdir()) / f"unisd-gpus-{os.getuid()}{job}"
         folder.mkdir(exist_ok=True)
         turn = stack.enter_context((folder / "turn").open("a"))
         fcntl.flock(turn, fcntl.LOCK_EX)  # one process chooses at a time, so that two never wait for each other

@@ -11,6 +11,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -57,11 +58,22 @@ def require_snakemake(cluster: Cluster | None) -> None:
 def alone(sweep: Path) -> Iterator[int]:
     """The sweep's lock, as a file descriptor. Raises `ConfigError` if another process is at it."""
     sweep.mkdir(parents=True, exist_ok=True)
-    with (sweep / ".lock").open("a") as stream:
+    with (sweep / ".lock").open("a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            who = stream.read().strip() or "another process"
+            raise ConfigError(
+                f"{sweep}: {who} (or what it started) is carrying out this sweep; wait for it, or end it"
+            ) from error
         except OSError as error:
-            raise ConfigError(f"{sweep}: another process is carrying out this sweep; wait for it, or end it") from error
+            raise ConfigError(
+                f"{sweep}: its file system has no locks ({error.strerror}); choose another --output_dir"
+            ) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}\n")
+        stream.flush()
         yield stream.fileno()
 
 
@@ -95,9 +107,10 @@ def carry_out(sweep: Path, todo: Sequence[Node], *, jobs: int, cluster: Cluster 
     return outcome
 
 
-def command_of(sweep: Path, node: Node) -> str:
-    """The shell line that carries out a node, the same for every backend."""
+def command_of(sweep: Path, node: Node, cluster: Cluster | None) -> str:
+    """The shell line that carries out a node."""
     words = [sys.executable, "-m", "unisd_megatron", "experiments", "work", str(sweep), node.name]
+    words += ["--own_job"] if cluster else []
     return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
 
 
@@ -109,13 +122,14 @@ def _rule(sweep: Path, node: Node, todo: Sequence[Node], cluster: Cluster | None
         "needs": [need for need in node.needs if need in to_run],
         "threads": slurm.threads(node, cluster) if cluster else node.ranks,
         "resources": slurm.resources(node, cluster) if cluster else {},
-        "command": command_of(sweep, node),
+        "command": command_of(sweep, node, cluster),
     }
 
 
 def _command(folder: Path, jobs: int, cluster: Cluster | None) -> list[str]:
     words = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("graph.smk"))]
     words += ["--directory", str(folder), "--config", "plan=plan.json", "--keep-going", "--nolock", "--scheduler", "greedy"]
+    words += ["--profile", "none", "--workflow-profile", "none"]  # a user's profile is for workflows of theirs
     if cluster is None:
         return [*words, "--cores", str(jobs)]
     return [*words, "--executor", "slurm", "--jobs", str(jobs), *slurm.flags(cluster)]
@@ -129,15 +143,22 @@ class _Watch:
     ) -> None:
         self._sweep, self._todo, self._process, self._cluster, self._say = sweep, todo, process, cluster, say
         self._outcome = Outcome()
+        self._stopped: int | None = None  # by which signal
         self._open = {node.name: node for node in todo}
 
     def follow(self) -> Outcome:
-        before = {one: signal.signal(one, self._stop) for one in (signal.SIGINT, signal.SIGTERM)}
+        ends = [signal.SIGINT, signal.SIGTERM]
+        ends += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []  # `nohup` means to go on
+        before = {one: signal.signal(one, self._stop) for one in ends}
         try:
             while self._process.poll() is None:
+                self._heed()
                 self._look()
                 time.sleep(0.2)
             self._look()
+        except Exception:  # nobody reads what is said, or a receipt cannot be read: nothing goes on unwatched
+            self._end()
+            raise
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
@@ -165,6 +186,8 @@ class _Watch:
         del self._open[node.name]
         self._outcome.failed.append(node.name)
         log = state.beside(self._sweep, node, "log")
+        if not log.is_file():  # it never came to its own
+            log = self._sweep / "snakemake.log"
         self._say(f"{self._count()} {how}  {node.name}; the end of {log}:")
         for line in state.tail(log):
             self._say(f"    {line}")
@@ -173,8 +196,18 @@ class _Watch:
         return f"[{len(self._todo) - len(self._open)}/{len(self._todo)}]"
 
     def _stop(self, number: int, _: object) -> None:
+        self._stopped = number
+
+    def _heed(self) -> None:
+        if self._stopped is None:
+            return
+        with contextlib.suppress(OSError):  # the terminal may be what is gone
+            self._say("stopping: what has a checkpoint goes on from there the next time")
+        self._end()
+        raise SystemExit(128 + self._stopped)
+
+    def _end(self) -> None:
         """Ends Snakemake and, on this machine, all nodes with their commands; on a cluster it takes its jobs back."""
-        self._say("stopping: what has a checkpoint goes on from there the next time")
         with contextlib.suppress(ProcessLookupError):
             if self._cluster is not None:
                 self._process.send_signal(signal.SIGINT)
@@ -185,4 +218,3 @@ class _Watch:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        raise SystemExit(128 + number)

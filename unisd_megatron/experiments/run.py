@@ -46,7 +46,8 @@ def perform(built: Sweep, manner: Manner, say: Say) -> None:
         found = state.survey(sweep, built.nodes)
         for line in state.layers(found):
             say(line)
-        _show_scripts(sweep, [one.node for one in found if one.status == "run"], manner, say)
+        if manner.cluster is not None:
+            _scripts(sweep, built, [one.node for one in found if one.status == "run"], manner, say)
         return
     engine.require_snakemake(manner.cluster)
     with engine.alone(sweep) as lock:
@@ -68,6 +69,7 @@ def _jobs(manner: Manner, nodes: list[Node]) -> int:
     most = max(node.ranks for node in nodes)
     if manner.cluster is not None:
         return manner.jobs or 100
+    devices.require(most)
     jobs = manner.jobs or max(most, devices.ranks_at_a_time())
     if most > jobs:
         raise ConfigError(f"--jobs {jobs}: a training has {most} ranks; give it --jobs {most} or more")
@@ -82,20 +84,26 @@ def _write(sweep: Path, built: Sweep) -> None:
         shutil.rmtree(sweep / ".engine")
 
 
-def _show_scripts(sweep: Path, todo: list[Node], manner: Manner, say: Say) -> None:
-    """The sbatch file of every node that would be submitted: shown, or written to a folder of their own."""
-    if manner.cluster is None:
-        return
-    if manner.scripts is not None and manner.scripts.exists() and any(manner.scripts.iterdir()):
-        raise ConfigError(f"--sbatch_dir {manner.scripts}: not empty; choose a new folder")
-    if manner.dry_run and manner.scripts is not None:
+def _scripts(sweep: Path, built: Sweep, todo: list[Node], manner: Manner, say: Say) -> None:
+    """The sbatch file of every node that would be submitted: shown, or written to a folder of their own, with the sweep that
+    they are of."""
+    assert manner.cluster is not None
+    folder = manner.scripts
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--sbatch_dir {folder}: not empty; choose a new folder")
+    if manner.dry_run and folder is not None:
         raise ConfigError("--dry_run writes nothing, not even --sbatch_dir; give one of the two")
-    for node in todo:
-        text = slurm.script(node, manner.cluster, engine.command_of(sweep, node), state.beside(sweep, node, "slurm.log"))
-        if manner.scripts is None:
+    logs = {node.name: state.beside(sweep, node, "slurm.log") for node in todo}
+    commands = {node.name: engine.command_of(sweep, node, manner.cluster) for node in todo}
+    texts = {node.name: slurm.script(node, manner.cluster, commands[node.name], logs[node.name]) for node in todo}
+    if folder is None:
+        for text in texts.values():
             say(f"\n{text}")
-            continue
-        manner.scripts.mkdir(parents=True, exist_ok=True)
-        (manner.scripts / f"{node.name}.sbatch").write_text(text)
-    if manner.scripts is not None:
-        say(f"{manner.scripts}: {len(todo)} sbatch files")
+        return
+    with engine.alone(sweep):
+        _write(sweep, built)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        logs[name].parent.mkdir(parents=True, exist_ok=True)  # Slurm makes none
+        (folder / f"{name}.sbatch").write_text(text)
+    say(f"{folder}: {len(todo)} sbatch files; each names what it comes after")

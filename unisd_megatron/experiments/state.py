@@ -91,6 +91,11 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name[5:]), default=None)
 
 
+def is_finished(output: Path) -> bool:
+    """Whether a run came to its end, export included (`train/folder.py`); one that was asked to stop did not."""
+    return (output / "finished.json").is_file()
+
+
 def layers(found: Sequence[Found]) -> list[str]:
     """The lines of a dry run."""
     running = sum(one.status == "run" for one in found)
