@@ -29,7 +29,8 @@ def main() -> int:
         print(f"{request.sweep}: without a result: {', '.join(missing)}; finish the study first", file=sys.stderr)
         return 1
     lines = comparison.lines(study, DATASET)
-    before = study.base[DATASET][0]["accuracy"]
+    (base,) = study.before(DATASET).values()
+    before = base.result["accuracy"]
     drawn = plots.sweep(lines, DATASET, before)
     assert drawn is not None
     drawing.write([drawing.Picture("study", drawn.title, drawn.note, drawn.svg, drawn.png)], request.page.parent)
@@ -47,21 +48,18 @@ def table(study: Sweep, lines: list[Line], before: float) -> list[str]:
         f"| before training | {pages.percent(before)} | | | | | |",
     ]
     for line in lines:
-        cells = [f"**{line.name}**" if line.is_control else line.name, pages.percent(line.mean), _interval(line.interval)]
+        cells = [f"**{line.name}**" if line.is_control else line.name, pages.percent(line.mean)]
+        cells.append(pages.percents(line.interval, len(line.accuracies)))
         cells.append(", ".join(pages.percent(share) for share in line.accuracies.values()))
         against = line.against
         if against is None:
             cells += ["control", "", ""]
         else:
-            low_high = "" if against.interval is None else " to ".join(pages.points(bound) for bound in against.interval)
-            cells += [pages.points(against.mean), low_high, pages.p_value(against.p_holm)]
+            over_seeds = pages.differences(against.interval, len(against.seeds))
+            cells += [pages.points(against.mean), over_seeds, pages.p_value(against.p_holm)]
         found.append(f"| {' | '.join(cells)} |")
     found += [f"| {row['mode']} | not run: {row['why']} | | | | | |" for row in study.not_run]
     return found
-
-
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else " to ".join(pages.percent(bound) for bound in bounds)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Line:
-    """One setting on one data set. `missing`: seeds without a result, and why."""
+    """One setting on one data set. `missing`: seeds without a result, and why; `runs`: by seed, `train` of its row."""
 
     name: str
     mode: str
@@ -42,6 +42,7 @@ class Line:
     mean: float | None
     interval: tuple[float, float] | None
     missing: Mapping[int, str]
+    runs: Mapping[int, str]
     against: Against | None
     cost: Mapping[str, float | None]
 
@@ -87,7 +88,8 @@ def _line(cells: Sequence[Cell], control: Sequence[Cell] | None, dataset: str) -
     first = cells[0].row
     missing = {cell.row["seed"]: cell.missing[dataset] for cell in cells if dataset in cell.missing}
     against = _against(cells, control, dataset) if control is not None else None
-    return Line(first["name"], first["mode"], accuracies, mean, interval, missing, against, _cost(cells))
+    runs = {cell.row["seed"]: cell.row["train"] for cell in cells}
+    return Line(first["name"], first["mode"], accuracies, mean, interval, missing, runs, against, _cost(cells))
 
 
 def _accuracy(rows: Sequence[Row]) -> float:
