@@ -28,9 +28,11 @@ def main() -> int:
     if missing := [cell.title for cell in study.cells if cell.missing]:
         print(f"{request.sweep}: without a result: {', '.join(missing)}; finish the study first", file=sys.stderr)
         return 1
-    lines = comparison.lines(study, DATASET)
-    (base,) = study.before(DATASET).values()
-    before = base.result["accuracy"]
+    bases = list(study.before(DATASET).values())
+    if len(bases) != 1:
+        print(f"{request.sweep}: {len(bases)} results before training, expected one; finish the study first", file=sys.stderr)
+        return 1
+    lines, before = comparison.lines(study, DATASET), bases[0].result["accuracy"]
     drawn = plots.sweep(lines, DATASET, before)
     assert drawn is not None
     drawing.write([drawing.Picture("study", drawn.title, drawn.note, drawn.svg, drawn.png)], request.page.parent)

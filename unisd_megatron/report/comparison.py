@@ -68,7 +68,8 @@ def lines(sweep: Sweep, dataset: str) -> list[Line]:
 
 
 def _control(cells: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> Sequence[Cell] | None:
-    """The vanilla runs of the same training data that share whatever settings both vary; None where that is not one group."""
+    """The vanilla runs of the same training data, from the same checkpoint and evaluated alike (`base` names both), that share
+    whatever settings both vary; None where that is not one group."""
     first = cells[0].row
     if first["mode"] == CONTROL:
         return None
@@ -76,7 +77,8 @@ def _control(cells: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> Sequenc
     def fits(other: Row) -> bool:
         ours, theirs = first.get("settings", {}), other.get("settings", {})
         same = all(theirs[name] == ours[name] for name in theirs.keys() & ours.keys())
-        return other["mode"] == CONTROL and other["dataset"] == first["dataset"] and same
+        alike = all(other.get(name) == first.get(name) for name in ("dataset", "base"))
+        return other["mode"] == CONTROL and alike and same
 
     fitting = [group for group in groups if fits(group[0].row)]
     return fitting[0] if len(fitting) == 1 else None
