@@ -110,6 +110,13 @@ def test_a_control_is_found_among_crossed_settings_or_none_is(swept: Path) -> No
     assert all(line.against is None for line in lines(read_sweep(swept), "addition"))
 
 
+def test_other_questions_are_not_compared(swept: Path) -> None:
+    path = next(swept.glob("runs/clip-*/seed0/evaluate-*/answers.jsonl"))
+    path.write_text(path.read_text().replace('"id": "q0"', '"id": "another"'))
+    clip = lines(read_sweep(swept), "addition")[1]
+    assert clip.against is not None and list(clip.against.seeds) == [1]
+
+
 def test_vanilla_from_another_checkpoint_is_no_control(tmp_path: Path) -> None:
     folder = made.sweep(tmp_path / "sweep", [(mode, 0, [True, False]) for mode in ("vanilla", "clip", "ema")])
     content = json.loads((folder / "sweep.json").read_text())
@@ -118,13 +125,6 @@ def test_vanilla_from_another_checkpoint_is_no_control(tmp_path: Path) -> None:
     (folder / "sweep.json").write_text(json.dumps(content))
     _, clip, ema = lines(read_sweep(folder), "addition")
     assert clip.against is not None and ema.against is None
-
-
-def test_other_questions_are_not_compared(swept: Path) -> None:
-    path = next(swept.glob("runs/clip-*/seed0/evaluate-*/answers.jsonl"))
-    path.write_text(path.read_text().replace('"id": "q0"', '"id": "another"'))
-    clip = lines(read_sweep(swept), "addition")[1]
-    assert clip.against is not None and list(clip.against.seeds) == [1]
 
 
 def test_each_run_is_compared_with_the_checkpoint_it_started_from(tmp_path: Path) -> None:
