@@ -26,6 +26,8 @@ from unisd_megatron.resolve import resolve
 BLUE, ORANGE, GREEN, GREY = "#2a6fb0", "#d9822b", "#3a8f5c", "#9aa2ac"
 STEP = 1
 """The step whose completions are drawn: the first has the base model's."""
+TEACHER_STEPS = 5
+"""From one move of the teacher to the next."""
 
 
 class Watched(Objective):
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--output_dir", default="docs")
     parser.add_argument("--steps", type=int, default=30)
     request = parser.parse_args()
+    if request.steps < TEACHER_STEPS:
+        parser.error(f"--steps {request.steps}: the teacher moves every {TEACHER_STEPS} steps; give as many or more")
     prepare_libraries()
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
     with tempfile.TemporaryDirectory() as folder:
@@ -68,8 +72,8 @@ def train(steps: int, folder: str) -> Drawn:
     from unisd_megatron.train.step import train_step
 
     demo = yaml.safe_load(Path("examples/demo/demo.yaml").read_text())
-    flags = {"tensor_model_parallel_size": 1, "max_steps": steps, "ref_model_sync_steps": 5, "output_dir": folder, "seed": 0}
-    run = resolve({**flags, "eval_steps": 0}, demo)
+    flags = {"tensor_model_parallel_size": 1, "max_steps": steps, "output_dir": folder, "seed": 0}
+    run = resolve({**flags, "ref_model_sync_steps": TEACHER_STEPS, "eval_steps": 0}, demo)
     prepared = prepare(run, 1)
     found: dict[str, Any] = {}
     metrics = []

@@ -29,8 +29,11 @@ def main() -> int:
     if missing := [cell.title for cell in study.cells if cell.missing]:
         print(f"{request.sweep}: without a result: {', '.join(missing)}; finish the study first", file=sys.stderr)
         return 1
-    lines = comparison.lines(study, DATASET)
-    before = study.base[DATASET][0]["accuracy"]
+    bases = list(study.before(DATASET).values())
+    if len(bases) != 1:
+        print(f"{request.sweep}: {len(bases)} results before training, expected one; finish the study first", file=sys.stderr)
+        return 1
+    lines, before = comparison.lines(study, DATASET), bases[0].result["accuracy"]
     drawn = plots.sweep(lines, DATASET, before)
     assert drawn is not None
     drawing.write([drawing.Picture("study", drawn.title, drawn.note, drawn.svg, drawn.png)], request.page.parent)
@@ -49,14 +52,14 @@ def table(study: Sweep, lines: list[Line], before: float) -> list[str]:
     ]
     for line in lines:
         cells = [f"**{line.name}**" if line.is_control else line.name, pages.percent(_early(study, line.name))]
-        cells += [pages.percent(line.mean), _interval(line.interval)]
+        cells += [pages.percent(line.mean), pages.percents(line.interval, len(line.accuracies))]
         cells.append(", ".join(pages.percent(share) for share in line.accuracies.values()))
         against = line.against
         if against is None:
             cells += ["control", "", ""]
         else:
-            low_high = "" if against.interval is None else " to ".join(pages.points(bound) for bound in against.interval)
-            cells += [pages.points(against.mean), low_high, pages.p_value(against.p_holm)]
+            over_seeds = pages.differences(against.interval, len(against.seeds))
+            cells += [pages.points(against.mean), over_seeds, pages.p_value(against.p_holm)]
         found.append(f"| {' | '.join(cells)} |")
     found += [f"| {row['mode']} | | not run | | | | | |" for row in study.not_run]
     return found
@@ -67,10 +70,6 @@ def _early(study: Sweep, name: str) -> float:
     records = [cell.record for cell in study.cells if cell.row["name"] == name and cell.record is not None]
     shares = [row["accuracy"] for record in records for row in record.evaluations if row["step"] == EARLY]
     return sum(shares) / len(records)
-
-
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else " to ".join(pages.percent(bound) for bound in bounds)
 
 
 if __name__ == "__main__":

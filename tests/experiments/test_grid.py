@@ -91,6 +91,22 @@ def test_evaluations_follow_their_training_and_the_base_follows_nothing(tmp_path
     assert "9" in evaluations[1].command and str(tmp_path) in " ".join(evaluations[1].command)
 
 
+def test_each_run_names_the_evaluation_of_its_own_checkpoint(tmp_path: Path) -> None:
+    """As it is evaluated itself: lengths differ, and so do the places."""
+    entries = [
+        {"mode": "clip", "model_name": model, "max_completion_length": length}
+        for model, length in (("org/small", 40), ("org/small", 60), ("org/large", 40))
+    ]
+    sweep = built(tmp_path, entries=entries, seeds=[0, 1])
+    commands = {node.folder: node.command for node in sweep.nodes}
+    assert len({row["base"]["addition"] for row in sweep.runs}) == 3 == len(sweep.base)
+    for row, entry in zip(sweep.runs, [entry for entry in entries for _ in (0, 1)], strict=True):
+        own, start = (commands[row[kind]["addition"]] for kind in ("evaluations", "base"))
+        assert start[start.index("--model_name") + 1] == entry["model_name"]
+        lengths = {command[command.index("--max_completion_length") + 1] for command in (own, start)}
+        assert lengths == {str(entry["max_completion_length"])}
+
+
 def test_the_study_has_every_mode_or_says_why_not() -> None:
     study = named.study()
     told = {row["mode"]: row["why"] for row in study.not_run}

@@ -44,11 +44,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run(
-    folder: Path, rows: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[Mapping[str, Any]]] | None = None
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    answers: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
+    wanted: int | None = None,
 ) -> Path:
-    """A run with these metrics and held-out answers by step."""
+    """A run with these metrics and held-out answers by step. Args: wanted: its steps; None: these, and it is finished."""
     folder.mkdir(parents=True)
+    if wanted is None:
+        (folder / "finished.json").write_text("{}")
     about = {
+        "identity": {"data": "89ab", "max_steps": wanted or len(rows)},
         "settings": {"mode": "vanilla", "dataset": "addition", "model_name": "base", "seed": 3, "max_steps": 10},
         "origins": {"mode": "flag", "dataset": "file", "model_name": "flag", "seed": "default", "max_steps": "flag"},
         "versions": {"torch": "2"},
@@ -83,10 +89,11 @@ def evaluation(folder: Path, correct: Sequence[bool]) -> Path:
 def sweep(folder: Path, cells: Sequence[tuple[str, int, Sequence[bool] | None]], base: Sequence[bool] | None = None) -> Path:
     """A sweep of runs (mode, seed, which answers are right); None: the training failed."""
     rows = []
+    start = {} if base is None else {"base": {"addition": "base/evaluate"}}
     for mode, seed, correct in cells:
         home = f"runs/{mode}-addition-0123/seed{seed}"
         row = {"name": mode, "mode": mode, "dataset": "addition", "seed": seed, "settings": {}, "identity": "0123"}
-        rows.append(row | {"train": f"{home}/train", "evaluations": {"addition": f"{home}/evaluate-addition-45"}})
+        rows.append(row | start | {"train": f"{home}/train", "evaluations": {"addition": f"{home}/evaluate-addition-45"}})
         if correct is None:
             (folder / home).mkdir(parents=True)
             (folder / home / "train.failed.json").write_text('{"exit": 1}')

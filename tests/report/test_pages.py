@@ -11,6 +11,7 @@ import pytest
 import made
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.evaluate.statistics import mcnemar, wilson
+from unisd_megatron.report.drawing import picture
 from unisd_megatron.report.run import PAGES_A_WORKER, report
 
 BEFORE = [made.answer(f"q{i}", i < 3) for i in range(10)]
@@ -92,10 +93,11 @@ def test_a_line_cut_short_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_run_that_recorded_nothing_and_numbers_that_are_none(tmp_path: Path) -> None:
     made.run(tmp_path / "empty", [])
     made.run(tmp_path / "nan", made.metrics(3, entropy=float("nan")))
-    report([tmp_path / "empty", tmp_path / "nan"], tmp_path / "out")
+    said = report([tmp_path / "empty", tmp_path / "nan"], tmp_path / "out")
     assert "no step was recorded" in made.read(tmp_path / "out" / "run-empty.html").text
     page = made.read(tmp_path / "out" / "run-nan.html")
     assert "entropy" not in page.ids and "loss" in page.ids
+    assert "nan: entropy: 3 steps not finite" in said and "entropy: 3 steps not finite" in page.text
 
 
 def test_two_evaluations_stand_in_for_the_runs_own(tmp_path: Path) -> None:
@@ -104,6 +106,9 @@ def test_two_evaluations_stand_in_for_the_runs_own(tmp_path: Path) -> None:
     made.evaluation(tmp_path / "after", [True, True, True, False])
     report([tmp_path / "run"], tmp_path / "out", (tmp_path / "before", tmp_path / "after"))
     assert made.read(tmp_path / "out" / "index.html").marked["data-flips", "to_right"] == "3"
+    made.evaluation(tmp_path / "shorter", [True] * 3)
+    with pytest.raises(ConfigError, match="has 4 questions and --after .* has 3, 3 in common"):
+        report([tmp_path / "run"], tmp_path / "out", (tmp_path / "before", tmp_path / "shorter"))
 
 
 def test_only_a_report_is_replaced(tmp_path: Path) -> None:
@@ -115,11 +120,59 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "precious" / "index.html").read_text() == "mine"
     with pytest.raises(ConfigError, match=r"no run \(run.json is missing\)"):
         report([tmp_path / "precious"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="no run"):
+        report([tmp_path / "precious"], tmp_path / "pages" / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "pages").exists()
     report([tmp_path / "run"], tmp_path / "out")
     (tmp_path / "out" / "stale.png").write_text("of an earlier one")
     report([tmp_path / "run"], tmp_path / "out")
     assert not (tmp_path / "out" / "stale.png").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_this_folder_may_be_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made.run(tmp_path / "run", made.metrics(3))
+    monkeypatch.chdir(run)
+    with pytest.raises(ConfigError, match="is no report"):
+        report([run], Path("."))
+    assert (run / "metrics.jsonl").is_file()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    report([run], Path("."))
+    assert (tmp_path / "empty" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"settings": null}', '{"settings": {"mode": "clip"'])
+def test_what_is_no_runs_file_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    run = made.run(tmp_path / "run", made.metrics(3))
+    (run / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run/run\.json: [^\n]*$"):
+        report([run], tmp_path / "out")
+
+
+def test_a_run_that_was_cut_says_so(tmp_path: Path) -> None:
+    """One that was asked for by epochs: its settings state no number of steps."""
+    for name, wanted in (("cut", 9), ("whole", None)):
+        folder = made.run(tmp_path / name, made.metrics(4), wanted=wanted)
+        about = json.loads((folder / "run.json").read_text())
+        about["settings"] |= {"max_steps": None, "num_train_epochs": 1}
+        (folder / "run.json").write_text(json.dumps(about))
+    said = report([tmp_path / "cut"], tmp_path / "one")
+    assert "cut: not finished: 4 of 9 steps are recorded, finished.json is missing" in said
+    assert "of 9, not finished" in made.read(tmp_path / "one" / "index.html").text
+    assert report([tmp_path / "whole"], tmp_path / "two") == [str(tmp_path / "two" / "index.html")]
+    whole = made.read(tmp_path / "two" / "index.html").text
+    assert "of 4" in whole and "not finished" not in whole
+
+
+def test_distances_of_the_contrast_are_drawn(tmp_path: Path) -> None:
+    more = {"contrastive/margin_violations": 0.9, "contrastive/positive_distance": 2.0, "contrastive/negative_distance": 17.0}
+    report([made.run(tmp_path / "run", made.metrics(3, **more))], tmp_path / "out")
+    assert {"contrast", "distances"} <= made.read(tmp_path / "out" / "index.html").ids
+
+
+def test_a_title_ends_no_attribute() -> None:
+    page = made.Page(picture("one", made.HOSTILE, "", lambda axes: axes.plot([1, 2])).svg)
+    assert not {"script", "img"} & set(page.tags) and page.tags[0] == "svg"
 
 
 def test_several_processes_draw_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

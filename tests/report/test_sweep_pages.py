@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_the_table_against_numbers_by_hand(swept: Path, tmp_path: Path) -> None:
     row = next(row for row in page.tables["addition"] if row[0] == "clip")
     assert row[:3] == ["clip", "2", f"{100 * clip.mean:.1f}"]  # type: ignore[operator]
     assert row[4:7] == [*(f"{100 * share:.1f}" for share in shares(CLIP)), "missing"]
-    assert row[7] == f"{100 * against.mean:+.1f}" and row[9] == (f"{against.p:.2g}" if against.p >= 1e-4 else "< 0.0001")
+    assert row[7:9] == ["2", f"{100 * against.mean:+.1f}"] and row[10] == (
+        f"{against.p:.2g}" if against.p >= 1e-4 else "< 0.0001"
+    )
     assert row[-3:] == ["8", "50", "1.50"]  # 4 steps of 2 s, 100 tokens each
     assert page.marked["data-base", "addition"] == f"{100 * sum(some(0.3, 99)) / QUESTIONS:.1f} %"
 
@@ -112,3 +115,53 @@ def test_other_questions_are_not_compared(swept: Path) -> None:
     path.write_text(path.read_text().replace('"id": "q0"', '"id": "another"'))
     clip = lines(read_sweep(swept), "addition")[1]
     assert clip.against is not None and list(clip.against.seeds) == [1]
+
+
+def test_vanilla_from_another_checkpoint_is_no_control(tmp_path: Path) -> None:
+    folder = made.sweep(tmp_path / "sweep", [(mode, 0, [True, False]) for mode in ("vanilla", "clip", "ema")])
+    content = json.loads((folder / "sweep.json").read_text())
+    for row in content["runs"]:
+        row["base"] = {"addition": f"base/{'large' if row['mode'] == 'ema' else 'small'}/evaluate-addition-45"}
+    (folder / "sweep.json").write_text(json.dumps(content))
+    _, clip, ema = lines(read_sweep(folder), "addition")
+    assert clip.against is not None and ema.against is None
+
+
+def test_each_run_is_compared_with_the_checkpoint_it_started_from(tmp_path: Path) -> None:
+    bases, after = {"small": [False] * 4, "large": [True] * 4}, [True, True, False, False]
+    folder = made.sweep(tmp_path / "sweep", [(name, 0, after) for name in bases])
+    content = json.loads((folder / "sweep.json").read_text())
+    for row, (name, right) in zip(content["runs"], bases.items(), strict=True):
+        made.evaluation(folder / "base" / name, right)
+        row["base"] = {"addition": f"base/{name}"}
+        content["base"].append({"model_name": f"models/{name}", "dataset": "addition", "evaluation": f"base/{name}"})
+    (folder / "sweep.json").write_text(json.dumps(content))
+    report([folder], tmp_path / "out")
+    pages = {name: made.read(tmp_path / "out" / f"run-{name}-seed-0.html") for name in bases}
+    flips = {name: [page.marked["data-flips", kind] for kind in ("to_right", "to_wrong")] for name, page in pages.items()}
+    assert flips == {"small": ["2", "0"], "large": ["0", "2"]}
+    index = made.read(tmp_path / "out" / "index.html")
+    told = {key: said for (kind, key), said in index.marked.items() if kind == "data-base"}
+    assert told == {"models/small: small": "0.0 %", "models/large: large": "100.0 %"}
+
+
+def test_runs_of_the_same_title_have_pages_of_their_own(tmp_path: Path) -> None:
+    folder = made.sweep(tmp_path / "sweep", [("vanilla", 0, [True, False]), ("clip", 0, [True, True])])
+    content = json.loads((folder / "sweep.json").read_text())
+    content["runs"][1] |= {"name": "vanilla", "identity": "4567"}
+    (folder / "sweep.json").write_text(json.dumps(content))
+    made.write_rows(folder / "runs/clip-addition-0123/seed0/train/metrics.jsonl", made.metrics(3))
+    report([folder], tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text()
+    pages = [re.search(rf'<a href="(run-[^"]*)">{accuracy}</a>', text) for accuracy in ("50.0", "100.0")]
+    steps = [made.read(tmp_path / "out" / page[1]).marked["data-tile", "steps"] for page in pages if page is not None]
+    assert steps == ["4", "3"]
+
+
+def test_equal_seeds_have_no_interval(tmp_path: Path) -> None:
+    right = {"vanilla": [True, False, False, False], "clip": [True, True, True, False]}
+    folder = made.sweep(tmp_path / "sweep", [(mode, seed, answers) for mode, answers in right.items() for seed in (0, 1)])
+    report([folder], tmp_path / "out")
+    page = made.read(tmp_path / "out" / "index.html")
+    row = next(row for row in page.tables["addition"] if row[0] == "clip")
+    assert row[2:4] == ["75.0", "– all seeds equal"] and row[6:9] == ["2", "+50.0", "– all seeds equal"]

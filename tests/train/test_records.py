@@ -13,6 +13,8 @@ from runs import QUICK, STAR, TINY, run
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.resolve import resolve
 from unisd_megatron.train.build import prepare
+from unisd_megatron.train.metrics import HELD_OUT, Journal
+from unisd_megatron.train.watching import display_name
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
 
@@ -63,6 +65,9 @@ def test_a_resumed_run_goes_on_with_the_same_curves(world: World, recorded: Path
     board.Reload()
     curve = [(one.step, one.value) for one in board.Scalars("loss")]
     assert curve == [(row["step"], pytest.approx(row["loss"])) for row in rows] and len(curve) == 4
+    scores = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    held_out = [(one.step, one.value) for one in board.Scalars(HELD_OUT)]
+    assert held_out == [(row["step"], pytest.approx(row["accuracy"])) for row in scores] and len(held_out) == 3
     assert sorted(path.stem for path in (tmp_path / "run" / "answers").iterdir()) == [
         "step_000000",
         "step_000002",
@@ -71,6 +76,34 @@ def test_a_resumed_run_goes_on_with_the_same_curves(world: World, recorded: Path
     assert (tmp_path / "run" / "answers" / "step_000004.jsonl").read_text() == (
         recorded / "answers/step_000004.jsonl"
     ).read_text()
+
+
+def test_whoever_watches_is_told_steps_and_scores(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told: list[tuple[int, dict[str, float]]] = []
+
+    class Listener:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            told.append((step, metrics))
+
+        def close(self) -> None: ...
+
+    journal = Journal(tmp_path, 0, 1, watcher=Listener())
+    metrics = {"loss": 0.5, "tokens_per_second": 7.0}
+    journal.score(0, 0.25, 4)
+    journal.record(0, metrics, {})
+    journal.score(1, 0.75, 4)
+    journal.close()
+    assert told == [(0, {HELD_OUT: 0.25}), (0, metrics), (1, {HELD_OUT: 0.75})]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(one.step, one.value) for one in board.Scalars(HELD_OUT)] == [(0, 0.25), (1, 0.75)]
+
+
+def test_runs_of_a_sweep_have_names_of_their_own_on_wandb(tmp_path: Path) -> None:
+    assert display_name(tmp_path / "sweep/runs/clip-gsm8k-0123/seed1/train") == "clip-gsm8k-0123-seed1"
+    assert display_name(tmp_path / "mine") == "mine" and display_name(tmp_path / "train") == "train"
 
 
 def test_wandb_is_refused_where_it_is_not_installed(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Sweep:
     """What `sweep.json` holds. Folders are under the sweep's own."""
 
     name: str
-    runs: list[dict[str, Any]]  # name, mode, dataset, seed, settings that vary, identity, train, evaluations
+    runs: list[dict[str, Any]]  # name, mode, dataset, seed, settings that vary, identity, train, evaluations, base
     base: list[dict[str, Any]]  # model_name, dataset, evaluation
     not_run: list[dict[str, str]]
     nodes: list[Node]
@@ -133,18 +133,23 @@ class _Builder:
         }
         settings = {one: flat[one] for one in varying[_group(cell.run)]}
         row = {"name": _name(cell, varying), "mode": cell.run.mode, "dataset": cell.run.data.dataset, "seed": seed}
-        return row | {"settings": settings, "identity": key, "train": train.folder, "evaluations": evaluations}
+        start = self._base(cell.run.model_name)
+        base = {dataset: f"{start}/{Path(place).name}" for dataset, place in evaluations.items()}
+        return row | {"settings": settings, "identity": key, "train": train.folder, "evaluations": evaluations, "base": base}
 
     def base(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """The evaluations of what the runs start from, once for each checkpoint."""
         found: dict[str, dict[str, Any]] = {}
         for cell in cells:
             model = cell.run.model_name
-            home = f"base/{_safe(Path(model).name)}-{identity.digest(self.contents.of_model(model))}"
+            home = self._base(model)
             for dataset, flags in self.grid.evaluations(cell.run).items():
                 place = self._evaluate(dataset, flags, model, home, home.removeprefix("base/"), None)
                 found[place] = {"model_name": model, "dataset": dataset, "evaluation": place}
         return list(found.values())
+
+    def _base(self, model: str) -> str:
+        return f"base/{_safe(Path(model).name)}-{identity.digest(self.contents.of_model(model))}"
 
     def report(self, runs: Sequence[Mapping[str, Any]]) -> None:
         """The last node: the pages of the whole sweep, by the room `report`. The only place that names its command."""

@@ -34,7 +34,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Line:
-    """One setting on one data set. `missing`: seeds without a result, and why."""
+    """One setting on one data set. `missing`: seeds without a result, and why; `runs`: by seed, `train` of its row."""
 
     name: str
     mode: str
@@ -42,6 +42,7 @@ class Line:
     mean: float | None
     interval: tuple[float, float] | None
     missing: Mapping[int, str]
+    runs: Mapping[int, str]
     against: Against | None
     cost: Mapping[str, float | None]
 
@@ -67,7 +68,8 @@ def lines(sweep: Sweep, dataset: str) -> list[Line]:
 
 
 def _control(cells: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> Sequence[Cell] | None:
-    """The vanilla runs of the same training data that share whatever settings both vary; None where that is not one group."""
+    """The vanilla runs of the same training data, from the same checkpoint and evaluated alike (`base` names both), that share
+    whatever settings both vary; None where that is not one group."""
     first = cells[0].row
     if first["mode"] == CONTROL:
         return None
@@ -75,7 +77,8 @@ def _control(cells: Sequence[Cell], groups: Sequence[Sequence[Cell]]) -> Sequenc
     def fits(other: Row) -> bool:
         ours, theirs = first.get("settings", {}), other.get("settings", {})
         same = all(theirs[name] == ours[name] for name in theirs.keys() & ours.keys())
-        return other["mode"] == CONTROL and other["dataset"] == first["dataset"] and same
+        alike = all(other.get(name) == first.get(name) for name in ("dataset", "base"))
+        return other["mode"] == CONTROL and alike and same
 
     fitting = [group for group in groups if fits(group[0].row)]
     return fitting[0] if len(fitting) == 1 else None
@@ -87,7 +90,8 @@ def _line(cells: Sequence[Cell], control: Sequence[Cell] | None, dataset: str) -
     first = cells[0].row
     missing = {cell.row["seed"]: cell.missing[dataset] for cell in cells if dataset in cell.missing}
     against = _against(cells, control, dataset) if control is not None else None
-    return Line(first["name"], first["mode"], accuracies, mean, interval, missing, against, _cost(cells))
+    runs = {cell.row["seed"]: cell.row["train"] for cell in cells}
+    return Line(first["name"], first["mode"], accuracies, mean, interval, missing, runs, against, _cost(cells))
 
 
 def _accuracy(rows: Sequence[Row]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from unisd_megatron.report import comparison, plots
 from unisd_megatron.report.comparison import Line
 from unisd_megatron.report.drawing import Picture
 from unisd_megatron.report.flips import Flips, flips
-from unisd_megatron.report.reading import Answers, RunRecord, Sweep
+from unisd_megatron.report.reading import Answers, Base, RunRecord, Sweep
+from unisd_megatron.report.statistics import Interval
 
 GENERATOR = "unisd report"
 """Stands in the head of every page: a folder that holds one may be written anew."""
@@ -29,6 +30,8 @@ def _environment() -> jinja2.Environment:
         "number": number,
         "percent": percent,
         "points": points,
+        "percents": percents,
+        "differences": differences,
         "p": p_value,
         "inline": _inline,
     }
@@ -52,6 +55,22 @@ def percent(share: float | None) -> str:
 def points(share: float) -> str:
     """A difference in percentage points."""
     return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def percents(bounds: Interval | None, seeds: int) -> str:
+    """An interval over so many seeds, of accuracies."""
+    return _between(bounds, seeds, percent)
+
+
+def differences(bounds: Interval | None, seeds: int) -> str:
+    """An interval over so many seeds, of differences of accuracies."""
+    return _between(bounds, seeds, points)
+
+
+def _between(bounds: Interval | None, seeds: int, form: Callable[[float], str]) -> str:
+    if bounds is None:
+        return "– all seeds equal" if seeds > 1 else "–"
+    return f"{form(bounds[0])} to {form(bounds[1])}"
 
 
 def p_value(p: float | None) -> str:
@@ -103,8 +122,8 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
                 )
             )
     steps, losses = record.series("loss")
-    wanted = record.settings.get("max_steps")
-    tiles.append(("steps", str(len(record.metrics)), f"of {wanted}" if wanted else ""))
+    told = [f"of {record.wanted}"] if record.wanted else []
+    tiles.append(("steps", str(len(record.metrics)), ", ".join([*told, *([] if record.finished else ["not finished"])])))
     if steps:
         tiles.append(("loss", number(losses[-1]), f"from {number(losses[0])}"))
     seconds = sum(record.series("seconds/step")[1])
@@ -147,15 +166,16 @@ def _evaluations(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def of_sweep(sweep: Sweep, pages: dict[str, str]) -> tuple[str, list[Picture]]:
-    """The overview of a sweep. Args: pages: file of each run's page, by its title."""
+    """The overview of a sweep. Args: pages: file of each run's page, by `train` of its row."""
     parts, drawn = [], []
     for dataset in sweep.datasets:
         lines = comparison.lines(sweep, dataset)
-        base = sweep.base.get(dataset)
-        before = base[0] if base is not None else None
-        shown = plots.sweep(lines, dataset, before["accuracy"] if before else None)
+        before = sweep.before(dataset)
+        accuracy = next(iter(before.values())).result["accuracy"] if len(before) == 1 else None
+        shown = plots.sweep(lines, dataset, accuracy)
         drawn += [shown] if shown is not None else []
-        parts.append({"dataset": dataset, "lines": lines, "picture": shown, "base": before, "seeds": _seeds(lines)})
+        bases = _bases(sweep, dataset, before)
+        parts.append({"dataset": dataset, "lines": lines, "picture": shown, "bases": bases, "seeds": _seeds(lines)})
     missing = [
         {"title": cell.title, "dataset": dataset, "why": why} for cell in sweep.cells for dataset, why in cell.missing.items()
     ]
@@ -169,11 +189,23 @@ def of_sweep(sweep: Sweep, pages: dict[str, str]) -> tuple[str, list[Picture]]:
     return text, drawn
 
 
+def _bases(sweep: Sweep, dataset: str, before: Mapping[str, Base]) -> list[dict[str, Any]]:
+    """Results of what runs start from; `of`: the checkpoint and the settings that start from it, where there are several."""
+    names: dict[str, list[str]] = {}
+    for cell in sweep.cells:
+        found = names.setdefault(cell.row.get("base", {}).get(dataset, ""), [])
+        found += [cell.row["name"]] if cell.row["name"] not in found else []
+    return [
+        {"of": f"{base.model_name}: {', '.join(names.get(place, []))}" if len(before) > 1 else "", "result": base.result}
+        for place, base in before.items()
+    ]
+
+
 def _seeds(lines: Sequence[Line]) -> list[int]:
     return sorted({seed for line in lines for seed in [*line.accuracies, *line.missing]})
 
 
-def of_several(records: Sequence[RunRecord], pages: dict[str, str]) -> str:
-    """The overview of runs that are no sweep. Args: pages: file of each run's page, by its name."""
-    rows = [{"record": record, "page": pages[record.name], "tiles": _tiles(record)} for record in records]
+def of_several(records: Sequence[RunRecord], pages: Sequence[str]) -> str:
+    """The overview of runs that are no sweep. Args: pages: file of each run's page, in the same order."""
+    rows = [{"record": record, "page": page, "tiles": _tiles(record)} for record, page in zip(records, pages, strict=True)]
     return _environment().get_template("runs.html").render(title=f"{len(records)} runs", rows=rows)

@@ -36,8 +36,14 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
     (
         "divergence",
         "Divergence from the teacher",
-        "Nats per token before clipping; the approximation is of KL(student || teacher) on the sampled tokens.",
-        {"divergence/mean": "mean", "divergence/max": "largest token", "kl_approx": "approximate KL"},
+        "Nats per token before clipping; the approximation is of KL(student || teacher) on the sampled tokens. A ceiling that "
+        "moves is the next step's.",
+        {
+            "divergence/mean": "mean",
+            "divergence/max": "largest token",
+            "kl_approx": "approximate KL",
+            "clip/next_ceiling": "ceiling",
+        },
         True,
     ),
     ("likelihood", "Negative log-likelihood", "Nats per token of what is trained on.", {"nll/mean": "mean"}, False),
@@ -67,6 +73,13 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
         "Contrast",
         "Share of the tokens nearer to the wrong demonstration than the margin allows.",
         {"contrastive/margin_violations": ""},
+        False,
+    ),
+    (
+        "distances",
+        "Contrast: distances",
+        "Of the sampled tokens' log-probabilities, nats: |student - teacher|, and from the teacher with a wrong demonstration.",
+        {"contrastive/positive_distance": "from the teacher", "contrastive/negative_distance": "from the wrong demonstration"},
         False,
     ),
     ("matching", "Feature distance", "Of final hidden states, student and teacher.", {"matching/distance": ""}, False),
@@ -100,7 +113,13 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
     ),
     ("gradient", "Gradient norm", "Before it is clipped.", {"grad_norm": ""}, True),
     ("rate", "Learning rate", "", {"learning_rate": ""}, False),
-    ("speed", "Speed", "Completion tokens per second, everything included.", {"tokens_per_second": ""}, False),
+    (
+        "speed",
+        "Speed",
+        "Completion tokens per second of a step, checkpoints and held-out evaluations apart.",
+        {"tokens_per_second": ""},
+        False,
+    ),
 )
 _SHARES = {"clip", "contrast", "truncated", "agreement"}
 
@@ -117,7 +136,8 @@ def pictures(record: RunRecord) -> list[Picture]:
     }
     found = curves | others
     order = ["accuracy", "loss", "divergence", "divergences", "likelihood", "entropy", "clip", "agreement", "weights"]
-    order += ["contrast", "matching", "teacher", "gap", "length", "truncated", "gradient", "rate", "speed", "phases", "memory"]
+    order += ["contrast", "distances", "matching", "teacher", "gap", "length", "truncated", "gradient", "rate"]
+    order += ["speed", "phases", "memory"]
     return [one for name in order if (one := found[name]) is not None]
 
 
@@ -270,5 +290,5 @@ def sweep(lines: Sequence[Any], dataset: str, base: float | None) -> Picture | N
         if len(controls) == 1 or base is not None:
             axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
-    note = "A dot for each seed, a mark at their mean; band: 95 % t interval over seeds, where there are two or more."
+    note = "A dot for each seed, a mark at their mean; band: 95 % t interval over seeds, where they differ."
     return picture(f"sweep-{dataset}", f"Accuracy on {dataset}", note, draw, size=(11.5, 1.3 + 0.28 * len(shown)))

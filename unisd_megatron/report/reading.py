@@ -29,7 +29,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A training run. `answers`: of its held-out evaluations, by optimizer steps done; `problems`: what could not be read."""
+    """A training run. `wanted`: its optimizer steps when it is finished; `answers`: of its held-out evaluations, by steps done;
+    `problems`: what could not be read or drawn, and that it is not finished."""
 
     name: str
     folder: Path
@@ -37,6 +38,8 @@ class RunRecord:
     origins: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    wanted: int | None = None
+    finished: bool = True
     metrics: Sequence[Row] = ()
     evaluations: Sequence[Row] = ()
     answers: Mapping[int, Answers] = field(default_factory=dict)
@@ -58,22 +61,41 @@ def is_number(value: Any) -> bool:
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """A run, finished or not. Raises `ConfigError` where the folder holds none."""
-    if not (folder / "run.json").is_file():
+    path, problems = folder / "run.json", list[str]()
+    if not path.is_file():
         raise ConfigError(f"{folder}: no run (run.json is missing) and no sweep (sweep.json is missing)")
-    problems: list[str] = []
-    about = _json(folder / "run.json", problems)
+    about = _json(path, problems)
+    if problems or not isinstance(about.get("settings"), dict) or "seed" not in about["settings"]:
+        raise ConfigError(f"{path}: {problems[0] if problems else 'no `settings` with a seed'}; it is no run's")
+    finished = (folder / "finished.json").is_file()
+    metrics = [row for row in read_rows(folder / "metrics.jsonl", problems) if "step" in row]
+    wanted = about.get("identity", {}).get("max_steps")
+    if not finished:
+        problems.append(f"not finished: {len(metrics)} of {wanted or 'its'} steps are recorded, finished.json is missing")
     return RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
-        settings=about.get("settings", {}),
+        settings=about["settings"],
         origins=about.get("origins", {}),
         versions=about.get("versions", {}),
         edges=about.get("histograms", {}),
-        metrics=[row for row in read_rows(folder / "metrics.jsonl", problems) if "step" in row],
+        wanted=wanted,
+        finished=finished,
+        metrics=metrics,
         evaluations=[row for row in read_rows(folder / "evaluations.jsonl", problems) if {"step", "accuracy"} <= row.keys()],
         answers=_answers_by_step(folder / "answers", problems),
-        problems=problems,
+        problems=[*problems, *_not_finite(metrics)],
     )
+
+
+def _not_finite(metrics: Sequence[Row]) -> list[str]:
+    """What curves and tables leave out."""
+    found: dict[str, int] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                found[name] = found.get(name, 0) + 1
+    return [f"{name}: {count} step{'s' * (count > 1)} not finite" for name, count in found.items()]
 
 
 def read_evaluation(folder: Path) -> tuple[Row, list[Row]]:
@@ -146,17 +168,35 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A checkpoint that runs start from, evaluated as they are."""
+
+    model_name: str
+    dataset: str
+    result: Row
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """`sweep.json` with everything it names. `base`: by data set, the answers of the checkpoint that the runs start from."""
+    """`sweep.json` with everything it names. `base`: finished evaluations of what the runs start from, by folder."""
 
     name: str
     cells: Sequence[Cell]
-    base: Mapping[str, tuple[Row, list[Row]]]
+    base: Mapping[str, Base]
     not_run: Sequence[Row]
 
     @property
     def datasets(self) -> list[str]:
         return list(dict.fromkeys(name for cell in self.cells for name in cell.row["evaluations"]))
+
+    def before(self, dataset: str) -> dict[str, Base]:
+        """All evaluations of starting checkpoints on a data set, by folder."""
+        return {place: base for place, base in self.base.items() if base.dataset == dataset}
+
+    def before_run(self, cell: Cell, dataset: str) -> Base | None:
+        """Of the checkpoint that this run started from, asked the same questions with the same settings."""
+        return self.base.get(cell.row.get("base", {}).get(dataset, ""))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -168,10 +208,11 @@ def read_sweep(folder: Path) -> Sweep:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
         why = problems[0] if problems else f"needs `runs`, each with {', '.join(sorted(needed))}"
         raise ConfigError(f"{folder}/sweep.json: {why}")
-    base: dict[str, tuple[Row, list[Row]]] = {}
-    for row in content.get("base", []):
-        if (folder / row["evaluation"] / "result.json").is_file():
-            base.setdefault(row["dataset"], read_evaluation(folder / row["evaluation"]))
+    base = {
+        row["evaluation"]: Base(row["model_name"], row["dataset"], *read_evaluation(folder / row["evaluation"]))
+        for row in content.get("base", [])
+        if (folder / row["evaluation"] / "result.json").is_file()
+    }
     return Sweep(content.get("name", folder.name), [_cell(folder, row) for row in rows], base, content.get("not_run", []))
 
 

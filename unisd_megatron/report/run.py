@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -37,13 +38,14 @@ def report(sources: Sequence[Path], output: Path, evaluated: tuple[Path, Path] |
     Args: sources: runs, or one sweep; evaluated: finished evaluations of a single run's checkpoint before and after.
     Raises `ConfigError` for folders that are neither, and for an output folder that holds something else.
     """
-    _check_output(output)
+    target = output.resolve()
+    _check_output(target)
     sweeps = [source for source in sources if (source / "sweep.json").is_file()]
     if sweeps and len(sources) > 1:
         raise ConfigError(f"{sweeps[0]} is a sweep; report it alone")
     if evaluated is not None and (sweeps or len(sources) > 1):
         raise ConfigError("--before and --after are evaluations of a single run; name one run")
-    partial = output.with_name(f".{output.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)  # of a report that was killed
     if sweeps:
@@ -52,17 +54,15 @@ def report(sources: Sequence[Path], output: Path, evaluated: tuple[Path, Path] |
         records = [read_run(source) for source in sources]
         pair = _pair(*evaluated) if evaluated is not None else None
         said = _one(records[0], pair, partial) if len(records) == 1 else _several(records, partial)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
     return [*said, f"{output / INDEX}"]
 
 
 def _check_output(output: Path) -> None:
     """An earlier report may be replaced, nothing else."""
     if not output.exists():
-        if not output.parent.exists():
-            output.parent.mkdir(parents=True)
         return
     index = output / INDEX
     ours = index.is_file() and f'content="{pages.GENERATOR}"' in index.read_text(encoding="utf-8", errors="replace")[:2000]
@@ -72,8 +72,13 @@ def _check_output(output: Path) -> None:
 
 def _pair(before: Path, after: Path) -> tuple[Answers, Answers]:
     pair = (answers_of("before", read_evaluation(before)[1]), answers_of("after", read_evaluation(after)[1]))
-    if not pair[0].rows.keys() & pair[1].rows.keys():
-        raise ConfigError(f"--before {before} and --after {after} have no question in common")
+    first, second = (one.rows.keys() for one in pair)
+    if first != second:
+        common = len(first & second)
+        raise ConfigError(
+            f"--before {before} has {len(first)} questions and --after {after} has {len(second)}, {common} in common; "
+            "name two evaluations of the same questions"
+        )
     return pair
 
 
@@ -86,9 +91,9 @@ def _one(record: RunRecord, pair: tuple[Answers, Answers] | None, folder: Path) 
 def _several(records: Sequence[RunRecord], folder: Path) -> list[str]:
     titles = _apart([record.name for record in records])
     told = [_renamed(record, title) for record, title in zip(records, titles, strict=True)]
-    found = {record.name: _Page(record, f"{name}.html") for record, name in zip(told, _files(titles), strict=True)}
-    _write_runs(list(found.values()), folder)
-    _write(folder, INDEX, pages.of_several(told, {name: page.file for name, page in found.items()}), [], folder)
+    found = [_Page(record, f"{name}.html") for record, name in zip(told, _files(titles), strict=True)]
+    _write_runs(found, folder)
+    _write(folder, INDEX, pages.of_several(told, [page.file for page in found]), [], folder)
     return [line for record in told for line in _problems(record)]
 
 
@@ -98,13 +103,13 @@ def _sweep(sweep: Sweep, folder: Path) -> list[str]:
     for cell, name in zip(cells, _files([cell.title for cell in cells]), strict=True):
         assert cell.record is not None
         own = cell.row["dataset"]
-        before, after = sweep.base.get(own), cell.results.get(own)
+        before, after = sweep.before_run(cell, own), cell.results.get(own)
         pair = None
         if before is not None and after is not None:
-            pair = answers_of("before training", before[1]), answers_of("after training", after[1])
-        found[cell.title] = _Page(cell.record, f"{name}.html", pair)
+            pair = answers_of("before training", before.rows), answers_of("after training", after[1])
+        found[cell.row["train"]] = _Page(cell.record, f"{name}.html", pair)
     _write_runs(list(found.values()), folder)
-    text, drawn = pages.of_sweep(sweep, {title: page.file for title, page in found.items()})
+    text, drawn = pages.of_sweep(sweep, {train: page.file for train, page in found.items()})
     _write(folder, INDEX, text, drawn, folder)
     missing = [f"{cell.title}: no result on {name} ({why})" for cell in sweep.cells for name, why in cell.missing.items()]
     return [*missing, *(line for page in found.values() for line in _problems(page.record))]
@@ -143,12 +148,15 @@ def _renamed(record: RunRecord, name: str) -> RunRecord:
     return record if record.name == name else RunRecord(**{**record.__dict__, "name": name})
 
 
-def _apart(names: Sequence[str]) -> list[str]:
+def _apart(names: Sequence[str], numbered: str = "{} ({})") -> list[str]:
     """The names, those that occur again with a number."""
-    return [name if names.index(name) == i else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
+    found: list[str] = []
+    for name in names:
+        others = (numbered.format(name, number) for number in itertools.count(2))
+        found.append(next(one for one in itertools.chain([name], others) if one not in found))
+    return found
 
 
 def _files(titles: Sequence[str]) -> list[str]:
     """A file name for each, all different, and none the index's."""
-    names = [f"run-{slug(title)}" for title in titles]
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+    return _apart([f"run-{slug(title)}" for title in titles], "{}-{}")

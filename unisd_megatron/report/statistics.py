@@ -33,9 +33,12 @@ def _within(t: float, freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
-    """The mean and its 95 % t interval over independent values; None for the interval of a single value."""
+    """The mean and its 95 % t interval over independent values.
+
+    None for the interval of a single value, and of values that are all equal: a width of 0 would claim to know other seeds.
+    """
     mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    if max(values) - min(values) < 1e-12:  # differences of equal accuracies are equal but for rounding
         return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = t_quantile(len(values) - 1) * math.sqrt(variance / len(values))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,9 +177,7 @@ def _evaluate(
     if journal is not None:
         kept = ("id", "prompt", "completion", "finished", "correct", "failure")
         write_rows(answers_file(output, steps_done), [{name: getattr(one, name) for name in kept} for one in answers])
-        journal.say(f"step {steps_done}: held-out accuracy {100 * score:.1f} % of {len(held_out.questions)}")
-        with (output / EVALUATIONS).open("a", encoding="utf-8") as stream_:
-            stream_.write(json.dumps({"step": steps_done, "accuracy": score, "examples": len(held_out.questions)}) + "\n")
+        journal.score(steps_done, score, len(held_out.questions))
 
 
 def _record_rollouts(parts: Parts, report: Report, step: int, output: Path) -> None:

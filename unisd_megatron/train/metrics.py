@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 METRICS_FILE, EVALUATIONS, ANSWERS = "metrics.jsonl", "evaluations.jsonl", "answers"
+HELD_OUT = "held_out/accuracy"
+"""The curve of held-out evaluations: at the steps done, where a step's own numbers stand at the steps done before it."""
 
 
 class Journal:
@@ -40,6 +42,15 @@ class Journal:
             self._watcher.log(step, metrics)
         self._bar.update()
         self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:.0f} tokens/s")
+
+    def score(self, steps_done: int, accuracy: float, examples: int) -> None:
+        """Adds a held-out evaluation, a share of right answers; the line is on disk when this returns."""
+        self.say(f"step {steps_done}: held-out accuracy {100 * accuracy:.1f} % of {examples}")
+        with (self._path.parent / EVALUATIONS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": steps_done, "accuracy": accuracy, "examples": examples}) + "\n")
+        self._board.add_scalar(HELD_OUT, accuracy, steps_done)
+        if self._watcher is not None:
+            self._watcher.log(steps_done, {HELD_OUT: accuracy})
 
     def say(self, text: str) -> None:
         """One line above the progress bar."""
