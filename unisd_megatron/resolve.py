@@ -111,7 +111,7 @@ def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
     ]
 
 
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
+_SAMPLING = frozenset({"top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
 
 
 def _idle_by_method(run: Run) -> list[tuple[bool, Set[str], str]]:
@@ -125,6 +125,7 @@ def _idle_by_method(run: Run) -> list[tuple[bool, Set[str], str]]:
         (method.completions != "mixed", {"on_policy_share"}, "mode gkd"),
         (method.completions != "starting", {"sample_filter"}, "mode ssd"),
         (not samples(run), _SAMPLING | {"rollout", "importance_sampling_cap"}, "modes that train on samples"),
+        (not samples(run) and method.likelihood, {"temperature"}, "modes that train on samples or have a teacher"),
         (not needs_engine(run), {"use_vllm", "max_logp_gap"}, "modes that train on samples, or --eval_steps"),
     ]
 
