@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "unisd_megatron"
 GROUND = {
     "errors",
     "setting",
+    "stated",
     "accelerator",
     "caches",
     "config",

@@ -5,9 +5,7 @@ The origin of each value is kept. A setting that would be ignored is refused.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -19,10 +17,10 @@ from unisd_megatron.config import (
     Run,
     Vllm,
     all_settings,
-    setting_type,
 )
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.modes import MODES
+from unisd_megatron.setting import checked
 from unisd_megatron.validation import needs_engine, samples
 
 
@@ -38,10 +36,12 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
             raise ConfigError(f"{file_name}: unknown setting {name!r}; `unisd train --help` lists them")
     given = {**file_values, **flags}
     mode = given.get("mode", "unisd_star")
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError(f"unknown --mode {mode!r}; use one of {', '.join(MODES)}")
     if not given.get("model_name"):
         raise ConfigError("--model_name is missing; give a Hugging Face folder or hub id")
+    if not isinstance(given["model_name"], str):
+        raise ConfigError(f"{file_name}: model_name is {given['model_name']!r}; expected str")
     row = dict(MODES[mode].defaults)
     if given.get("token_clip_quantile") is not None:
         row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
@@ -56,39 +56,17 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
             ((s, o) for s, o in ((flags, "flag"), (file_values, "file"), (row, "mode")) if name in s),
             ({name: item.default}, "default"),
         )
-        values[group][name] = _checked(GROUPS[group], name, source[name], origin if origin != "file" else file_name)
+        stated = f"--{name}" if origin == "flag" else f"{file_name if origin == 'file' else origin}: {name}"
+        values[group][name] = checked(GROUPS[group], name, source[name], stated)
         origins[name] = origin
     run = Run(
         mode=mode,
-        model_name=str(given["model_name"]),
+        model_name=given["model_name"],
         origins=origins,
         **{group: cls(**values[group]) for group, cls in GROUPS.items()},
     )
     _refuse_idle_flags(run)
     return run
-
-
-def _checked(cls: type, name: str, value: Any, origin: str) -> Any:
-    kind, choices, optional = setting_type(cls, name)
-    stated = f"--{name}" if origin == "flag" else f"{origin}: {name}"
-    if value is None:
-        if optional:
-            return None
-        raise ConfigError(f"{stated} must not be empty")
-    if choices is not None:
-        if value not in choices:
-            raise ConfigError(f"{stated} is {value!r}; use one of {', '.join(choices)}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-5 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{stated} is {value}; expected a finite number")
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{stated} is {value!r}; expected {kind.__name__}")
-    return value
 
 
 def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
@@ -111,7 +89,7 @@ def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
     ]
 
 
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
+_SAMPLING = frozenset({"top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
 
 
 def _idle_by_method(run: Run) -> list[tuple[bool, Set[str], str]]:
@@ -125,6 +103,7 @@ def _idle_by_method(run: Run) -> list[tuple[bool, Set[str], str]]:
         (method.completions != "mixed", {"on_policy_share"}, "mode gkd"),
         (method.completions != "starting", {"sample_filter"}, "mode ssd"),
         (not samples(run), _SAMPLING | {"rollout", "importance_sampling_cap"}, "modes that train on samples"),
+        (not samples(run) and method.likelihood, {"temperature"}, "modes that train on samples or have a teacher"),
         (not needs_engine(run), {"use_vllm", "max_logp_gap"}, "modes that train on samples, or --eval_steps"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from typing import Literal
 
 from unisd_megatron.caches import INDUCTION_CACHE, NEGATIVE_CACHE, Caches
@@ -262,8 +263,20 @@ def validate_caches(caches: Caches) -> None:
         raise ConfigError(f"--cache_temperature is {caches.cache_temperature}; it must be at least 0.01")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model that is no folder here can be one of the hub's: `owner/name`."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
+
+
+def check_seed(seed: int) -> None:
+    """Raises `ConfigError` for a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}; it must fit in 64 bits")
+
+
 def validate_ranges(run: Run) -> None:
     """Raises `ConfigError` for a number that is out of its range, whatever the others are."""
+    check_seed(run.schedule.seed)
     checks = [
         (run.rollout.temperature > 0, "--temperature must be positive"),
         (0 < run.rollout.top_p <= 1, "--top_p lies in (0, 1]"),

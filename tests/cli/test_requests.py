@@ -304,6 +304,9 @@ def test_held_out_questions_that_no_engine_has_room_for_are_refused(desk: Desk) 
         ("run.yaml", "alpha: low\n", ["run.yaml", "alpha is 'low'", "expected float"]),
         ("run.yaml", "- alpha\n", ["run.yaml", "expected settings"]),
         ("run.json", '{"alpha": 0.5', ["--config run.json", "line 1"]),
+        ("run.yaml", "alpha: 0.5\nbf16: true\nalpha: 1\n", ["--config run.yaml: line 3", "'alpha' stands in line 1 already"]),
+        ("run.json", '{"alpha": 0.5, "alpha": 1}', ["--config run.json", "'alpha' stands there twice"]),
+        ("run.yaml", "max_steps: 2\nmax-steps: 3\n", ["--config run.yaml", "max_steps stands there twice"]),
     ],
 )
 def test_a_wrong_configuration_file_is_refused(desk: Desk, file: str, text: str, words: list[str]) -> None:

@@ -40,7 +40,7 @@ def test_a_dry_run_starts_and_writes_nothing_wherever_it_is_asked_for(
     words = [*how, *what] if side == "left" else [*what, *how]
     assert main(["experiments", *words]) == 0
     shown = capsys.readouterr().out
-    assert "9 nodes: 9 to run" in shown and "layer 1: train" in shown and "layer 2: evaluate" in shown
+    assert "10 nodes: 10 to run" in shown and "layer 1: train" in shown and "layer 3: report" in shown
     assert shown.count("  run   train-ema-addition-") == 2
     assert [path.name for path in nothing_starts.iterdir()] == ["grid.yaml"]
 
@@ -48,7 +48,7 @@ def test_a_dry_run_starts_and_writes_nothing_wherever_it_is_asked_for(
 def test_a_dry_run_on_slurm_shows_the_files(nothing_starts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiments", "--slurm", "run", "grid.yaml", "--dry-run", "--slurm-partition", "gpu"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("#!/bin/bash") == 9 and shown.count("#SBATCH --partition=gpu") == 9
+    assert shown.count("#!/bin/bash") == 10 and shown.count("#SBATCH --partition=gpu") == 10
     assert [path.name for path in nothing_starts.iterdir()] == ["grid.yaml"]
 
 
@@ -63,6 +63,9 @@ def test_a_dry_run_on_slurm_shows_the_files(nothing_starts: Path, capsys: pytest
         (["ema", *MODEL, "--seeds", "1,1"], "--seeds"),
         (["ema", *MODEL, "--mode", "clip"], "decides --mode"),
         (["ema", *MODEL, "--gamma_agreement", "1.0"], "does nothing in --mode vanilla"),
+        (["ema", *MODEL, "--exit_duration_in_mins", "5"], "a stopped one is no result"),
+        (["ema", *MODEL, "--tensorboard_dir", "boards"], "one folder for all runs"),
+        (["ema", *MODEL, "--seeds", str(2**64)], "must fit in 64 bits"),
         (["work", ".", "train-x"], "no sweep"),
         ([], "EXPERIMENT"),
     ],

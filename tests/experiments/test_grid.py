@@ -15,6 +15,8 @@ from unisd_megatron.experiments.identity import Contents
 from unisd_megatron.modes import MODES
 
 BASE = {"dataset": "addition", "model_name": "someone/model"}
+PLAIN = BASE | {"mode": "vanilla"}
+REPLAY = {"mode": "vanilla", "rollout": "replay"}
 
 
 def built(folder: Path, **content: Any) -> Sweep:
@@ -53,18 +55,96 @@ def test_the_output_folder_does_not_make_another_run(tmp_path: Path) -> None:
         ({"entries": [{"mode": "clip", "alpha": 1.0}], "cross": {"alpha": [0.0]}}, "which `cross` varies"),
         ({"settings": BASE | {"seed": 3}}, "give `seeds`"),
         ({"settings": BASE | {"output_dir": "x"}}, "decided by the sweep"),
+        ({"settings": BASE | {"exit_duration_in_mins": 5}}, "a stopped one is no result"),
+        ({"settings": BASE | {"tensorboard_dir": "boards"}}, "one folder for all runs"),
+        ({"settings": BASE | {"use_vllm": True, "vllm_mode": "server", "vllm_server_urls": "http://a:1"}}, "would be shared"),
+        ({"settings": BASE | {"use_vllm": True, "vllm_mode": "server"}}, "would be shared"),
         ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [1, 2**63]}, f"grid.yaml: --seed is {2**63}"),
         ({"settings": {"model_name": "m"}}, "unknown dataset None"),
-        ({"evaluate": {"addition": {"retention": True}}}, "--base_model_name"),
-        ({"evaluate": {"addition": {"max_completion": 3}}}, "unknown flag 'max_completion'"),
+        ({"settings": BASE | {"dataset": ["a"]}}, "grid.yaml, entry 1: unknown dataset ['a']"),
+        ({"settings": PLAIN | {"dataset": "gpqa"}}, "grid.yaml, entry 1: --dataset gpqa has no split 'train'"),
+        ({"entries": [{"mode": "vanilla"}, {"mode": ["a"]}]}, "grid.yaml, entry 2: unknown --mode ['a']"),
+        ({"settings": PLAIN | {"model_name": "./nope/model"}}, "entry 1: model_name: ./nope/model: no such folder"),
+        ({"settings": BASE | {"model_name": 5}}, "entry 1: model_name is 5; expected str"),
+        ({"settings": BASE | {"max_steps": 3, "max-steps": 4}}, "grid.yaml: settings: max_steps stands there twice"),
+        ({"entries": [REPLAY | {"replay_path": "absent"}]}, "entry 1: replay_path: absent: no such folder"),
+        ({"entries": [{"mode": "agreement_tok_retrieval", "num_auxiliary_contexts": 2, "retrieval_model": "./m"}]}, "./m: no"),
+        ({"not_run": [{"mode": ["a"], "why": "x"}]}, "expected a list of `mode` and `why`"),
         ({"settings": BASE | {"tensor_model_parallel_size": 2}, "processes": 3}, "3 processes cannot hold"),
-        ({"settings": BASE | {"mode": "vanilla", "data_path": "absent.jsonl"}}, "absent.jsonl: no such file"),
+        (
+            {"settings": PLAIN | {"data_path": "absent.jsonl"}},
+            "entry 1: data_path: absent.jsonl: no such file",
+        ),
+        ({"settings": PLAIN | {"eval_steps": 1, "eval_data_path": "absent.jsonl"}}, "absent.jsonl: no such"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, content: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         built(tmp_path, **content)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags", "says"),
+    [
+        ("addition", {"max_completion": 3}, "unknown flag 'max_completion'"),
+        ("addition", {"max_completion_length": "40"}, "max_completion_length is '40'; expected int"),
+        ("addition", {"max_completion_length": "abc"}, "max_completion_length is 'abc'; expected int"),
+        ("addition", {"max_completion_length": [40]}, "max_completion_length is [40]; expected int"),
+        ("addition", {"max_completion_length": 40.5}, "max_completion_length is 40.5; expected int"),
+        ("addition", {"max_completion_length": 0}, "--max_completion_length is 0"),
+        ("addition", {"temperature": "hot"}, "temperature is 'hot'; expected float"),
+        ("addition", {"method": "foo"}, "method is 'foo'; use one of extraction, logprobs"),
+        ("addition", {"method": "logprobs"}, "addition has none"),
+        ("gsm8k", {"method": "logprobs"}, "gsm8k has none"),
+        ("addition", {"engine": "foo"}, "engine is 'foo'; use one of transformers, vllm"),
+        ("addition", {"semantics": "foo"}, "semantics is 'foo'; use one of corrected, released"),
+        ("addition", {"split": "foo"}, "split is 'foo'; use one of test, train, all"),
+        ("gpqa", {"split": "train"}, "for evaluation only"),
+        ("addition", {"max_examples": -3}, "--max_examples is -3"),
+        ("addition", {"max_examples": "x"}, "max_examples is 'x'; expected int"),
+        ("addition", {"fit": "no"}, "fit is 'no'; expected bool"),
+        ("addition", {"seed": 1.5}, "seed is 1.5; expected int"),
+        ("addition", {"seed": 2**64}, "must fit in 64 bits"),
+        ("addition", {"retention": True}, "--base_model_name"),
+        ("addition", {"retention": True, "base_model_name": "/nope"}, "/nope: no such folder"),
+        ("addition", {"retention": True, "base_model_name": "a/b", "base_answers": "nope"}, "nope: no finished evaluation"),
+        ("gsm8k", {"data_path": 5}, "data_path is 5; expected str"),
+        ("gsm8k", {"data_path": "absent.jsonl"}, "absent.jsonl: no such data file"),
+        ("addition", {"temperature": 0.5, "split": None}, "split must not be empty"),
+        ("addition", [], "expected `name: value`"),
+    ],
+)
+def test_a_wrong_evaluation_is_refused_before_anything_is_trained(tmp_path: Path, dataset: str, flags: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        built(tmp_path, settings=PLAIN, evaluate={dataset: flags})
+    assert says in str(caught.value) and str(caught.value).startswith(f"grid.yaml: evaluate: {dataset}: ")
+
+
+def test_evaluations_that_are_stated_otherwise_but_alike_are_the_same(tmp_path: Path) -> None:
+    sweeps = (built(tmp_path, settings=PLAIN, evaluate={"addition": {"temperature": value}}) for value in (1, 1.0))
+    assert len({sweep.base[0]["evaluation"] for sweep in sweeps}) == 1
+
+
+def test_a_run_is_evaluated_on_a_file_that_can_be_read(tmp_path: Path) -> None:
+    """Of the default evaluation too, which no one states."""
+    (tmp_path / "held_out.jsonl").write_text('{"question": "no answer"}\n')
+    settings = BASE | {
+        "dataset": "gsm8k",
+        "mode": "vanilla",
+        "eval_steps": 1,
+        "eval_data_path": str(tmp_path / "held_out.jsonl"),
+    }
+    with pytest.raises(ConfigError, match=r"^grid.yaml, entry 1: evaluate: gsm8k: .*held_out.jsonl, line 1"):
+        built(tmp_path, settings=settings)
+
+
+def test_the_report_is_drawn_again_for_other_reasons_why_not(tmp_path: Path) -> None:
+    def report(why: str) -> str:
+        return built(tmp_path, settings=PLAIN, not_run=[{"mode": "ema", "why": why}]).nodes[-1].identity
+
+    assert report("too slow") == report("too slow") != report("measured before")
 
 
 def test_what_runs_need_is_prepared_once_for_all_seeds(tmp_path: Path) -> None:
@@ -130,6 +210,13 @@ def test_a_baseline_keeps_the_sampling_of_its_own_paper() -> None:
 
 def test_a_file_that_is_no_grid_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
-    for path, says in ((tmp_path / "absent.yaml", "no such file"), (tmp_path / "broken.yaml", "broken.yaml")):
+    (tmp_path / "twice.yaml").write_text("seeds: [0]\nsettings:\n  dataset: addition\n  max_steps: 3\n  max_steps: 4\n")
+    wrong = {"absent": "no such file", "broken": "broken.yaml: ", "twice": "twice.yaml: line 5: 'max_steps' stands in line 4"}
+    for name, says in wrong.items():
         with pytest.raises(ConfigError, match=says):
-            read(str(path))
+            read(str(tmp_path / f"{name}.yaml"))
+
+
+def test_what_a_merge_key_brings_may_be_stated_again(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("entries:\n  - &one {mode: clip, alpha: 0.0}\n  - {<<: *one, alpha: 0.5}\n")
+    assert [entry["alpha"] for entry in read(str(tmp_path / "grid.yaml")).entries] == [0.0, 0.5]

@@ -17,6 +17,7 @@ from unisd_megatron.batch import STUDENT, Prompts
 from unisd_megatron.data.tasks.addition import Addition
 from unisd_megatron.data.tokens import encode_references, end_of_answer
 from unisd_megatron.errors import ConfigError, DataError
+from unisd_megatron.mechanisms.objective import loss_settings
 from unisd_megatron.resolve import resolve
 from unisd_megatron.train.build import prepare
 from unisd_megatron.validation import validate
@@ -132,6 +133,13 @@ def test_replay_repeats_the_runs_that_sample(world: World, tmp_path: Path) -> No
 def test_what_a_baseline_has_no_use_for_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(resolve({**QUICK, "output_dir": "o", **flags}, {}), 1)
+
+
+def test_a_temperature_acts_wherever_there_is_a_divergence() -> None:
+    """It divides the logits of the loss, whoever wrote the completions."""
+    asked = resolve({**QUICK, "output_dir": "o", "mode": "gkd", "on_policy_share": 0.0, "temperature": 2.0}, {})
+    validate(asked, 1)
+    assert loss_settings(asked).temperature == 2.0
 
 
 def test_an_evaluation_gives_sft_an_engine() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from unisd_megatron import stated
 from unisd_megatron.cli import commands, planning
 from unisd_megatron.cli.dry_run import ONLY_HERE
 from unisd_megatron.cli.evaluating import add_evaluate
@@ -137,15 +136,7 @@ def given_settings(request: argparse.Namespace) -> tuple[dict[str, Any], dict[st
 
 
 def _read_config(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"--config {name}: no such file")
-    import yaml
-
-    try:
-        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:  # broken JSON and broken UTF-8 are ValueErrors
-        raise ConfigError(f"--config {name}: {error}") from error
+    content = stated.load(name, f"--config {name}")
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):
         # The run.json of an earlier run: what was asked for. Defaults and what its mode brought come back by themselves, or
         # with another mode do not.
@@ -154,7 +145,7 @@ def _read_config(name: str) -> dict[str, Any]:
         content = {name: value for name, value in content["settings"].items() if name not in dropped}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {name}: expected settings as `name: value`")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    return stated.underscored(content, f"--config {name}")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:

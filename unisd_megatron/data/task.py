@@ -163,9 +163,7 @@ class Task(ABC):
         Raises `DataError` naming the file and the line of the first broken record, both places of an id that is there twice,
         or that nothing is left.
         """
-        if split not in (*self.splits, "all"):
-            why = "it is for evaluation only" if split == "train" else f"use {' or '.join(self.splits)}"
-            raise DataError(f"--dataset {self.name} has no split {split!r}; {why}")
+        self.check_split(split)
         rows = read_rows(Path(data_path)) if data_path is not None else self._hub_rows(split)
         parsed = ((where, self._parse(row, index, where)) for where, index, row in rows)
         places: dict[str, str] = {}
@@ -180,6 +178,12 @@ class Task(ABC):
         if not records:
             raise DataError(f"{data_path or self.hub_id}: no {split} record for --dataset {self.name}; the data set is empty")
         return records
+
+    def check_split(self, split: str) -> None:
+        """Raises `DataError` for one that the task has not."""
+        if split not in (*self.splits, "all"):
+            why = "it is for evaluation only" if split == "train" else f"use {' or '.join(self.splits)}"
+            raise DataError(f"--dataset {self.name} has no split {split!r}; {why}")
 
     def _hub_rows(self, split: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
         if self.hub_id is None:

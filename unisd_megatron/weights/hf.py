@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unisd_megatron.errors import CheckFailed, CheckpointError, ConfigError
+from unisd_megatron.validation import is_hub_id
 from unisd_megatron.weights.files import DTYPES, Entry, read_header, read_tensor, write_files
 from unisd_megatron.weights.pickles import locate_pickles, read_pickled
 
@@ -159,7 +160,7 @@ def resolve_folder(model_name: str, *, allow_pickle: bool = False) -> Path:
     path = Path(model_name)
     if path.is_dir():
         return path
-    if path.is_absolute() or model_name.startswith(".") or model_name.count("/") != 1:
+    if not is_hub_id(model_name):
         raise CheckpointError(f"{model_name}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
