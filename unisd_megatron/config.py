@@ -358,7 +358,8 @@ RESUME_MAY_CHANGE = frozenset(
         "rollout",
         "replay_path",
     }
-    | {"data_path", "cache_dir", "loss_path", "teacher_memory"}
+    | {"data_path", "model_name", "retrieval_model"}  # their contents stand in the checkpoint: digests of weights and prompts
+    | {"cache_dir", "loss_path", "teacher_memory"}
     | {f.name for f in dataclasses.fields(Vllm)}
     | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )

@@ -64,6 +64,16 @@ def test_rollouts_do_not_depend_on_the_layout(world: World, alone: Path, tmp_pat
     assert len(completions(alone)) == QUICK["global_batch_size"]
 
 
+def test_released_semantics_count_every_sequence_alike(world: World, alone: Path, tmp_path: Path) -> None:
+    """Its loss is a mean over micro-batches, so they must be of one size: without quantiles, then, the size is no matter."""
+    replay = {"rollout": "replay", "replay_path": str(alone / "rollouts"), "max_steps": 1}
+    losses = [
+        curve(run(world, 1, tmp_path / str(size), mode="vanilla", **replay, semantics="released", micro_batch_size=size))[0][0]
+        for size in (1, 4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_released_semantics_depend_on_the_cutting_and_corrected_do_not(world: World, alone: Path, tmp_path: Path) -> None:
     replay = {"rollout": "replay", "replay_path": str(alone / "rollouts"), "max_steps": 1}
     losses = {}

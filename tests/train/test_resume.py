@@ -142,6 +142,29 @@ def test_another_run_is_not_resumed(world: World, unbroken: Path, change: dict[s
         run(world, 1, unbroken, **STAR, **KEEP, **change, max_steps=6, resume_from_checkpoint="latest")
 
 
+def test_a_checkpoint_that_was_moved_is_the_same_and_another_in_its_place_is_not(world: World, tmp_path: Path) -> None:
+    """A frozen teacher reads it again."""
+    for name, seed in {"model": 0, "other": 1}.items():
+        write_tiny("qwen2", tmp_path / name, seed=seed)
+    flags = {"mode": "vanilla", "save_steps": 1, "max_steps": 2}
+    expected = run(world, 1, tmp_path / "run", **flags, model_name=str(tmp_path / "model"))
+    output = broken_before_the_last(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ConfigError, match="was written with model .* the checkpoint that it began from"):
+        run(world, 1, output, **flags, model_name=str(tmp_path / "other"), resume_from_checkpoint="latest")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    metrics = run(world, 1, output, **flags, model_name=str(tmp_path / "moved"), resume_from_checkpoint="latest")
+    assert curve(metrics) == curve(expected)
+
+
+def test_released_semantics_are_resumed_on_as_many_processes(world: World, tmp_path: Path) -> None:
+    flags = {"mode": "vanilla", "semantics": "released", "save_steps": 1, "max_steps": 2}
+    run(world, 1, tmp_path / "run", **flags)
+    output = broken_before_the_last(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ConfigError, match="was written with processes 1; this run has 2; start as many"):
+        run(world, 2, output, **flags, resume_from_checkpoint="latest")
+    assert len(run(world, 1, output, **flags, resume_from_checkpoint="latest")) == 2
+
+
 def test_other_data_under_the_same_name_is_not_resumed(world: World, tmp_path: Path) -> None:
     rows = [json.dumps({"a": a, "b": 7}) + "\n" for a in range(100)]
     (tmp_path / "data.jsonl").write_text("".join(rows))
