@@ -11,6 +11,7 @@ import pytest
 
 from runs import STAR, curve, run
 from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train import checkpoint
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
@@ -154,6 +155,17 @@ def test_a_checkpoint_that_was_moved_is_the_same_and_another_in_its_place_is_not
     (tmp_path / "model").rename(tmp_path / "moved")
     metrics = run(world, 1, output, **flags, model_name=str(tmp_path / "moved"), resume_from_checkpoint="latest")
     assert curve(metrics) == curve(expected)
+
+
+def test_respelt_paths_of_what_is_read_are_no_matter() -> None:
+    """Their contents stand in the identity: digests of the weights and of all prompts, which the embeddings chose."""
+    stated = {"mode": "agreement_seq_retrieval", "num_auxiliary_contexts": 2, "data_path": "here/data.jsonl"}
+    run_ = resolve(stated | {"model_name": "here/model", "retrieval_model": "here/embedder"}, {})
+    elsewhere = {"model_name": "/there/model", "retrieval_model": "/there/embedder", "data_path": "/there/data.jsonl"}
+    state = {"settings": run_.flat() | elsewhere, "identity": {"data": "d", "model": "m"}}
+    checkpoint.check_same_run(state, run_, {"data": "d", "model": "m"}, Path("step_000001"))
+    with pytest.raises(ConfigError, match="data d; this run has e"):
+        checkpoint.check_same_run(state, run_, {"data": "e", "model": "m"}, Path("step_000001"))
 
 
 def test_released_semantics_are_resumed_on_as_many_processes(world: World, tmp_path: Path) -> None:
