@@ -368,7 +368,8 @@ RESUME_MAY_CHANGE = frozenset(
 """Settings that a resumed run may state differently without becoming another run."""
 
 RELEASED_MAY_NOT_CHANGE = frozenset(
-    {f.name for f in dataclasses.fields(Layout)} - {"sequence_parallel", "recompute_granularity", "expert_model_parallel_size"}
+    {f.name for f in dataclasses.fields(Layout)}
+    - {"sequence_parallel", "recompute_granularity", "expert_model_parallel_size", "use_distributed_optimizer"}
 )
 """Of these: not under `--semantics released`, which normalises over each micro-batch of each rank by itself."""
 

@@ -22,6 +22,7 @@ ONLY_HOW = {
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     *("context_parallel_size", "expert_model_parallel_size", "sequence_parallel", "micro_batch_size", "packing"),
     *("recompute_granularity", "output_dir", "save_steps", "save_total_limit", "async_save", "resume_from_checkpoint"),
+    "use_distributed_optimizer",
     *("export_hf", "max_logp_gap", "cache_dir", "loss_path", "teacher_memory", "vllm_mode", "vllm_tensor_parallel_size"),
     *("vllm_gpu_memory_utilization", "vllm_kv_cache_gib", "vllm_enable_sleep_mode", "vllm_server_urls", "vllm_server_timeout"),
     *("tensorboard_dir", "wandb_project", "distributed_timeout_minutes", "exit_duration_in_mins"),
@@ -72,6 +73,7 @@ def test_released_semantics_counts_the_micro_batch() -> None:
 def test_released_semantics_counts_the_ranks() -> None:
     """It normalises on each of them by itself; corrected semantics gives the same numbers on any number."""
     assert key(semantics="released") != key(semantics="released", ranks=4)
+    assert key(semantics="released") == key(semantics="released", use_distributed_optimizer=True)
     assert key() == key(ranks=4)
 
 

@@ -20,8 +20,9 @@ RECORDED = frozenset({"eval_steps", "eval_examples", "save_rollouts"})
 """A resumed run may change them, but what a finished run left behind depends on them."""
 SAMPLED = frozenset({"rollout", "use_vllm"})
 """Another engine draws other completions from the same weights."""
-NOT_SHAPING = (RESUME_MAY_CHANGE - RECORDED - SAMPLED) | {"seed"}
-"""Where to and how fast; of files, the contents count and not the path; the seed stands beside the digest."""
+NOT_SHAPING = (RESUME_MAY_CHANGE - RECORDED - SAMPLED) | {"seed", "use_distributed_optimizer"}
+"""Where to and how fast; of files, the contents count and not the path; the seed stands beside the digest. Nor how the
+optimizer is cut up, though a run is resumed with the same alone."""
 EVALUATION_NOT_SHAPING = frozenset({"data_path", "base_model_name", "base_answers", "batch_size", "workers", "unsafe"})
 
 
