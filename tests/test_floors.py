@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parity": {"losses", "mechanisms", "families", "mcore", "weights", "train", "plan"},
     "bench": {"losses", "mechanisms", "data", "families", "mcore", "weights", "rollout", "train"},
     "report": {"evaluate"},
-    "experiments": {"data", "convert", "evaluate"},
+    "experiments": {"data", "convert", "evaluate", "prepare"},
     "selftest": {"losses", "mcore", "weights", "train", "parity", "bench"},
     "cli": {
         "bench",

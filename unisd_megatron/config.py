@@ -38,7 +38,9 @@ class Layout:
     account_for_loss_in_pipeline_split: bool = setting(False, "head and loss count as a layer of the last stage")
     sequence_parallel: bool = setting(False, "keep activations between matrix products sharded over sequence positions")
     micro_batch_size: int = setting(1, "sequences per forward pass (with packing, on average)")
-    packing: bool = setting(True, "sequences of a micro-batch share one row without padding, blind to one another")
+    packing: bool = setting(
+        True, "sequences of a micro-batch share one row without padding, blind to one another; not with --semantics released"
+    )
     global_batch_size: int = setting(16, "sequences per optimizer step, over all ranks")
     use_distributed_optimizer: bool = setting(False, "shard optimizer state over data-parallel ranks")
     recompute_granularity: Literal["full", "selective"] | None = setting(None, "recompute activations in the backward pass")
@@ -256,7 +258,7 @@ class Schedule:
 
     output_dir: str | None = setting(None, "folder of the run; must not hold another run")
     max_steps: int | None = setting(None, "optimizer steps; default: --num_train_epochs passes over the data")
-    num_train_epochs: float = setting(1.0, "passes over the data when --max_steps is not given")
+    num_train_epochs: float = setting(1.0, "passes over the data; instead of --max_steps")
     distributed_timeout_minutes: float = setting(10.0, "minutes that a rank waits for the others before it takes them for lost")
     seed: int = setting(42, "seed of data order, sampling and contexts")
     save_steps: int = setting(0, "optimizer steps between checkpoints; 0: only at the end")
@@ -358,14 +360,16 @@ RESUME_MAY_CHANGE = frozenset(
         "rollout",
         "replay_path",
     }
-    | {"data_path", "cache_dir", "loss_path", "teacher_memory"}
+    | {"data_path", "model_name", "retrieval_model"}  # their contents stand in the checkpoint: digests of weights and prompts
+    | {"cache_dir", "loss_path", "teacher_memory"}
     | {f.name for f in dataclasses.fields(Vllm)}
     | {f.name for f in dataclasses.fields(Accelerator)} - {"fp8_format", "fp8_recipe", "fp8_param_gather", "teacher_fp8"}
 )
 """Settings that a resumed run may state differently without becoming another run."""
 
 RELEASED_MAY_NOT_CHANGE = frozenset(
-    {f.name for f in dataclasses.fields(Layout)} - {"sequence_parallel", "recompute_granularity", "expert_model_parallel_size"}
+    {f.name for f in dataclasses.fields(Layout)}
+    - {"sequence_parallel", "recompute_granularity", "expert_model_parallel_size", "use_distributed_optimizer"}
 )
 """Of these: not under `--semantics released`, which normalises over each micro-batch of each rank by itself."""
 

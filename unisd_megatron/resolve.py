@@ -34,6 +34,8 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
     for name in file_values:
         if name not in known and name not in ("mode", "model_name"):
             raise ConfigError(f"{file_name}: unknown setting {name!r}; `unisd train --help` lists them")
+    if _LENGTHS & flags.keys():  # how long a run is, is said in one place: the command line before the file
+        file_values = {name: value for name, value in file_values.items() if name not in _LENGTHS}
     given = {**file_values, **flags}
     mode = given.get("mode", "unisd_star")
     if not isinstance(mode, str) or mode not in MODES:
@@ -47,6 +49,8 @@ def resolve(flags: Mapping[str, Any], file_values: Mapping[str, Any], file_name:
         row.pop("token_clip", None)  # the mode's static ceiling yields to the quantile that was asked for
     if given.get("rollout") == "replay":
         row.pop("importance_sampling_cap", None)  # recorded log-probs are of other weights than those that train
+    if given.get("semantics") == "released":
+        row["packing"] = False  # its loss is a mean over the rows of a micro-batch, and packing deals them out unevenly
     values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     origins = {
         name: "flag" if name in flags else "file" if name in file_values else "default" for name in ("mode", "model_name")
@@ -89,6 +93,7 @@ def _idle_caches(run: Run) -> list[tuple[bool, Set[str], str]]:
     ]
 
 
+_LENGTHS = frozenset({"max_steps", "num_train_epochs"})
 _SAMPLING = frozenset({"top_p", "top_k", "min_p", "repetition_penalty", "mask_truncated_completions"})
 
 
@@ -130,6 +135,7 @@ def _refuse_idle_flags(run: Run) -> None:
         (run.vllm.vllm_mode == "colocate", VLLM_SERVER, "--use_vllm --vllm_mode server"),
         (run.data.num_auxiliary_contexts == 0, {"demo_k", "fewshot_method", "auxiliary_gold"}, "--num-auxiliary-contexts"),
         *_idle_caches(run),
+        (run.schedule.max_steps is not None, {"num_train_epochs"}, "--max_steps left out"),
         (run.schedule.eval_steps == 0, {"eval_examples", "eval_data_path"}, "--eval_steps"),
         *_idle_by_method(run),
         (run.agreement is None, {"num_auxiliary_contexts"}, "the agreement modes and unisd_star"),

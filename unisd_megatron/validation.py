@@ -14,9 +14,9 @@ from unisd_megatron.modes import BASELINES, MODES
 
 def validate(run: Run, world_size: int) -> None:
     """Raises `ConfigError` for anything about the settings that is known to be wrong in a world of `world_size` processes."""
+    validate_objective(run)
     run.layout.validate(world_size)
     validate_accelerator(run, world_size)
-    validate_objective(run)
     _validate_needs(run)
     _validate_rollout(run, world_size)
     validate_ranges(run)
@@ -141,6 +141,8 @@ def validate_objective(run: Run) -> None:
         raise ConfigError(f"--semantics released is what UniSD's authors' code does, without --mode {run.mode}; leave it out")
     if objective.semantics == "released" and run.layout.context_parallel_size > 1:
         raise ConfigError("--semantics released normalises on each rank by itself, which --context-parallel-size would change")
+    if objective.semantics == "released" and run.layout.packing:
+        raise ConfigError("--semantics released takes means over micro-batches of one size, which --packing gives up; drop it")
     if not 0.0 <= objective.alpha <= 1.0:
         raise ConfigError(f"--alpha is {objective.alpha}; it lies between 0 and 1")
     if objective.token_clip is not None and objective.token_clip_quantile is not None:

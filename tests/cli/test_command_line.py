@@ -16,6 +16,7 @@ from unisd_megatron.modes import MODES
 from unisd_megatron.resolve import resolve
 from unisd_megatron.train.folder import write_run_file
 from unisd_megatron.train.metrics import read_metrics
+from unisd_megatron.validation import validate_objective
 from unisd_megatron.weights.tiny import write_tiny
 
 pytestmark = pytest.mark.usefixtures("no_queue_for_later_workers")
@@ -52,6 +53,19 @@ def test_the_command_line_wins_and_origins_are_recorded(earlier: Path) -> None:
     expected = {"max_steps": "flag", "learning_rate": "file", "mode": "file", "teacher": "mode", "alpha": "default"}
     assert {name: record["origins"][name] for name in expected} == expected
     assert record["origins"].keys() == record["settings"].keys()
+
+
+def test_a_length_on_the_command_line_takes_the_place_of_the_one_in_the_file() -> None:
+    for file, flags in (({"num_train_epochs": 2}, {"max_steps": 3}), ({"max_steps": 3}, {"num_train_epochs": 2.0})):
+        schedule = resolve({"model_name": "m", "mode": "vanilla", **flags}, file).schedule
+        expected = {"max_steps": None, "num_train_epochs": 1.0} | flags
+        assert (schedule.max_steps, schedule.num_train_epochs) == (expected["max_steps"], expected["num_train_epochs"])
+
+
+def test_released_semantics_run_without_packing() -> None:
+    run = resolve({"model_name": "m", "mode": "vanilla", "semantics": "released"}, {})
+    assert not run.layout.packing and run.origins["packing"] == "mode"
+    validate_objective(run)
 
 
 def test_run_json_repeats_the_run(earlier: Path, tmp_path: Path) -> None:

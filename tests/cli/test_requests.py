@@ -102,6 +102,9 @@ FLAGS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no such data file": ({"--data_path": "absent.jsonl"}, ["absent.jsonl", "no such data file"]),
     "sequence parallel alone": ({"--sequence-parallel": ""}, ["--sequence-parallel", "--tensor-model-parallel-size 2"]),
     "odd global batch": ({"--micro-batch-size": "3"}, ["--global-batch-size 16", "--micro-batch-size 3"]),
+    "two lengths": ({"--num_train_epochs": "2"}, ["--num_train_epochs does nothing", "--max_steps left out"]),
+    "released and packed": ({"--semantics": "released", "--packing": ""}, ["--semantics released", "--packing"]),
+    "released sequences in parts": ({"--semantics": "released", "--cp": "2"}, ["--semantics released", "--context-parallel"]),
     "no ranks": ({"--tp": "0"}, ["tensor_model_parallel_size is 0", "at least 1"]),
     "agreement without contexts": ({"--mode": "agreement_tok_random"}, ["--num-auxiliary-contexts", "--fewshot_method random"]),
     "no embeddings": (

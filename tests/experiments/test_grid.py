@@ -77,12 +77,31 @@ def test_the_output_folder_does_not_make_another_run(tmp_path: Path) -> None:
             "entry 1: data_path: absent.jsonl: no such file",
         ),
         ({"settings": PLAIN | {"eval_steps": 1, "eval_data_path": "absent.jsonl"}}, "absent.jsonl: no such"),
+        ({"entries": [{"mode": "vanilla", "max_steps": 5, "num_train_epochs": 2.0}]}, "--num_train_epochs does nothing"),
+        ({"entries": [{"mode": "contrastive", "negatives": "generated"}]}, "addition has no kinds of wrong solutions"),
+        ({"entries": [{"mode": "vanilla", "semantics": "released", "packing": True}]}, "which --packing gives up"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, content: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         built(tmp_path, **content)
     assert says in str(caught.value)
+
+
+def test_runs_on_several_data_sets_are_told_apart(tmp_path: Path) -> None:
+    entries, base = [{"mode": "vanilla"}, {"mode": "clip"}], {"model_name": "someone/model"}
+    sweep = built(tmp_path, entries=entries, settings=base, cross={"dataset": ["addition", "gsm8k"]})
+    expected = [f"{mode} dataset={dataset}" for mode in ("vanilla", "clip") for dataset in ("addition", "gsm8k")]
+    assert [row["name"] for row in sweep.runs] == expected
+    assert [row["name"] for row in built(tmp_path, entries=entries).runs] == ["vanilla", "clip"]
+
+
+def test_a_released_experiment_has_the_micro_batches_of_the_recipe_unless_others_are_stated() -> None:
+    stated = BASE | {"semantics": "released"}
+    layouts = [cell.run.layout for cell in named.grid("clip", stated, "orchestrator", [1], None).cells()]
+    assert {(one.micro_batch_size, one.packing) for one in layouts} == {(4, False)}
+    cells = named.grid("clip", stated | {"micro_batch_size": 2}, "orchestrator", [1], None).cells()
+    assert {cell.run.layout.micro_batch_size for cell in cells} == {2}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import yaml
 from unisd_megatron.config import Run
 from unisd_megatron.experiments import recipes
 from unisd_megatron.modes import MODES
+from unisd_megatron.prepare.needs import kinds_of, task_of
 from unisd_megatron.resolve import resolve
 from unisd_megatron.validation import validate
 
@@ -42,6 +43,7 @@ def test_each_resolves_and_is_what_the_table_gives(path: Path) -> None:
     assert (run.rollout.temperature, run.rollout.top_p, run.optimization.weight_decay) == (0.7, 1.0, 0.0)
     lengths = (run.data.max_prompt_length, run.rollout.max_completion_length)
     assert lengths == {"direct": (1024, 2048), "orchestrator": (3072, 1024)}[launch]
+    assert run.layout.packing == (semantics == "corrected")  # released: means over micro-batches of one size
     halved = (launch, semantics, mode) == ("orchestrator", "released", "unisd_star")
     assert (run.layout.micro_batch_size, run.layout.global_batch_size) == ((2, 8) if halved else (4, 16))
 
@@ -77,6 +79,22 @@ def test_the_settings_of_each_mode(launch: str, table: dict[str, dict[str, Any]]
     for mode, expected in table.items():
         flat = run_of(FOLDER / launch / semantics / f"{mode}.yaml").flat()
         assert {name: flat[name] for name in expected} == expected, mode
+
+
+def test_what_shapes_a_released_run_is_part_of_its_method() -> None:
+    """A named experiment takes the method without the machine."""
+    assert recipes.method("clip", "orchestrator", "released")["micro_batch_size"] == 4
+    assert recipes.method("unisd_star", "orchestrator", "released")["micro_batch_size"] == 2
+    assert "micro_batch_size" not in recipes.method("clip", "orchestrator", "corrected")
+
+
+def test_wrong_solutions_are_written_by_a_model_whatever_the_data_set() -> None:
+    for mode in ("contrastive", "unisd_star"):
+        for launch in recipes.LAUNCHES:
+            for dataset in ("scienceqa", "mbpp", "tooluse"):
+                stated = recipes.method(mode, launch, "corrected") | {"dataset": dataset, "model_name": "someone/model"}
+                run = resolve({}, stated)
+                assert "negatives" in kinds_of(run, task_of(run.data, "corrected")), (mode, launch, dataset)
 
 
 def test_clipping_is_part_of_unisd_star_in_the_paper_only() -> None:

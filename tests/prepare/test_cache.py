@@ -117,6 +117,20 @@ def test_a_fingerprint_is_of_every_byte_of_the_checkpoint_and_of_nothing_else(tm
     assert fingerprint.of_checkpoint(same, same / "shards") != fingerprint.of_checkpoint(same)
 
 
+def test_samples_tell_other_weights_by_a_fraction_of_their_bytes(tmp_path: Path) -> None:
+    """A 405B is read in seconds: what training moved is seen anywhere, and a copy is the same."""
+    weights = bytes(range(250)) * 40_000
+    trained = bytes((one + 1) % 256 for one in weights)
+    for name, content in {"a": weights, "copy": weights, "trained": trained, "longer": weights + b"1"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        (tmp_path / name / "config.json").write_text("{}")
+    a, copy, trained_, longer = (fingerprint.of_samples(tmp_path / name) for name in ("a", "copy", "trained", "longer"))
+    assert a == copy and len({a, trained_, longer}) == 3
+    (tmp_path / "copy" / "config.json").write_text('{"rope_theta": 1}')
+    assert fingerprint.of_samples(tmp_path / "copy") != a
+
+
 def test_weights_are_read_once_until_they_change(tmp_path: Path) -> None:
     model, caches = tmp_path / "model", tmp_path / "caches"
     write_tiny("qwen2", model, seed=0)

@@ -110,6 +110,26 @@ def test_a_control_is_found_among_crossed_settings_or_none_is(swept: Path) -> No
     assert all(line.against is None for line in lines(read_sweep(swept), "addition"))
 
 
+def test_runs_trained_on_several_data_sets_have_their_own_rows_pages_and_control(tmp_path: Path) -> None:
+    names = [f"{mode} dataset={dataset}" for dataset in ("addition", "gsm8k") for mode in ("vanilla", "clip")]
+    answers = {name: some(0.2 * (i + 1), i) for i, name in enumerate(names)}
+    sweep = made.sweep(tmp_path / "sweep", [(name, 0, right) for name, right in answers.items()])
+    content = json.loads((sweep / "sweep.json").read_text())
+    for row in content["runs"]:
+        row["mode"], row["dataset"] = row["name"].split(" dataset=")
+        row["settings"] = {"dataset": row["dataset"]}
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    found = {line.name: line for line in lines(read_sweep(sweep), "addition")}
+    assert list(found) == names
+    for vanilla, clip in (names[:2], names[2:]):
+        against = found[clip].against
+        assert against is not None and found[vanilla].against is None
+        assert against.mean == pytest.approx((sum(answers[clip]) - sum(answers[vanilla])) / QUESTIONS)
+    report([sweep], tmp_path / "out")
+    page = made.read(tmp_path / "out" / "index.html")
+    assert len({link for link in page.links if link.startswith("run-")}) == len(names)
+
+
 def test_other_questions_are_not_compared(swept: Path) -> None:
     path = next(swept.glob("runs/clip-*/seed0/evaluate-*/answers.jsonl"))
     path.write_text(path.read_text().replace('"id": "q0"', '"id": "another"'))

@@ -64,6 +64,20 @@ def test_rollouts_do_not_depend_on_the_layout(world: World, alone: Path, tmp_pat
     assert len(completions(alone)) == QUICK["global_batch_size"]
 
 
+def test_released_semantics_count_every_sequence_alike(world: World, tmp_path: Path) -> None:
+    """Its loss is a mean over micro-batches, so they must be of one size: without quantiles, then, the size is no matter."""
+    flags = {"mode": "vanilla", "max_steps": 1, "max_completion_length": 64}
+    run(world, 1, tmp_path / "run", **flags)
+    recorded = tmp_path / "run" / "rollouts" / "step_000000.jsonl"
+    rows = sorted(map(json.loads, recorded.read_text().splitlines()), key=lambda row: -len(row["completion"]))
+    for row in rows[1:]:  # one long answer among short ones, which packed micro-batches of one width would set apart
+        row |= {"completion": row["completion"][:1], "log_probs": row["log_probs"][:1]}
+    recorded.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags |= {"rollout": "replay", "replay_path": str(recorded.parent), "semantics": "released"}
+    losses = [curve(run(world, 1, tmp_path / str(n), **flags, micro_batch_size=n))[0][0] for n in (1, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_released_semantics_depend_on_the_cutting_and_corrected_do_not(world: World, alone: Path, tmp_path: Path) -> None:
     replay = {"rollout": "replay", "replay_path": str(alone / "rollouts"), "max_steps": 1}
     losses = {}

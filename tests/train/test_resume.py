@@ -11,6 +11,7 @@ import pytest
 
 from runs import STAR, curve, run
 from unisd_megatron.errors import CheckpointError, ConfigError
+from unisd_megatron.resolve import resolve
 from unisd_megatron.train import checkpoint
 from unisd_megatron.weights.tiny import write_tiny
 from world import World
@@ -140,6 +141,40 @@ def test_a_checkpoint_does_not_resume_into_a_folder_of_something_else(world: Wor
 def test_another_run_is_not_resumed(world: World, unbroken: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(world, 1, unbroken, **STAR, **KEEP, **change, max_steps=6, resume_from_checkpoint="latest")
+
+
+def test_a_checkpoint_that_was_moved_is_the_same_and_another_in_its_place_is_not(world: World, tmp_path: Path) -> None:
+    """A frozen teacher reads it again."""
+    for name, seed in {"model": 0, "other": 1}.items():
+        write_tiny("qwen2", tmp_path / name, seed=seed)
+    flags = {"mode": "vanilla", "save_steps": 1, "max_steps": 2}
+    expected = run(world, 1, tmp_path / "run", **flags, model_name=str(tmp_path / "model"))
+    output = broken_before_the_last(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ConfigError, match="was written with model .* the checkpoint that it began from"):
+        run(world, 1, output, **flags, model_name=str(tmp_path / "other"), resume_from_checkpoint="latest")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    metrics = run(world, 1, output, **flags, model_name=str(tmp_path / "moved"), resume_from_checkpoint="latest")
+    assert curve(metrics) == curve(expected)
+
+
+def test_respelt_paths_of_what_is_read_are_no_matter() -> None:
+    """Their contents stand in the identity: digests of the weights and of all prompts, which the embeddings chose."""
+    stated = {"mode": "agreement_seq_retrieval", "num_auxiliary_contexts": 2, "data_path": "here/data.jsonl"}
+    run_ = resolve(stated | {"model_name": "here/model", "retrieval_model": "here/embedder"}, {})
+    elsewhere = {"model_name": "/there/model", "retrieval_model": "/there/embedder", "data_path": "/there/data.jsonl"}
+    state = {"settings": run_.flat() | elsewhere, "identity": {"data": "d", "model": "m"}}
+    checkpoint.check_same_run(state, run_, {"data": "d", "model": "m"}, Path("step_000001"))
+    with pytest.raises(ConfigError, match="data d; this run has e"):
+        checkpoint.check_same_run(state, run_, {"data": "e", "model": "m"}, Path("step_000001"))
+
+
+def test_released_semantics_are_resumed_on_as_many_processes(world: World, tmp_path: Path) -> None:
+    flags = {"mode": "vanilla", "semantics": "released", "save_steps": 1, "max_steps": 2}
+    run(world, 1, tmp_path / "run", **flags)
+    output = broken_before_the_last(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ConfigError, match="was written with processes 1; this run has 2; start as many"):
+        run(world, 2, output, **flags, resume_from_checkpoint="latest")
+    assert len(run(world, 1, output, **flags, resume_from_checkpoint="latest")) == 2
 
 
 def test_other_data_under_the_same_name_is_not_resumed(world: World, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from unisd_megatron.errors import CheckpointError
 
 MEMORY = "weights.json"
 """In the cache folder: the digests of files of weights."""
+SAMPLES, BLOCK = 32, 4096  # of each file of weights, and bytes of each
 
 _TEXTS = (".json", ".jinja", ".txt", ".model")
 _NOT_THE_MODEL = ("README", "trainer_state.json", "training_args", "state.json", "data_config.json")
@@ -30,6 +31,19 @@ def of_checkpoint(folder: Path, shards: Path | None = None, *, cache_dir: Path |
     Args: shards: of a Megatron checkpoint; cache_dir: where digests of weights are remembered, if that folder is there.
     Raises `CheckpointError` for a folder without configuration and weights.
     """
+    return _of_files(folder, shards, _of_file if cache_dir is None else lambda path: _remembered(path, cache_dir / MEMORY))
+
+
+def of_samples(folder: Path, shards: Path | None = None) -> str:
+    """The same in seconds for any size: of a file of weights, its size and `SAMPLES` x `BLOCK` of its bytes.
+
+    Training moves nearly every weight, so another model of the same shapes is another digest; one that was edited in a few
+    numbers may not be. Raises `CheckpointError` for a folder without configuration and weights.
+    """
+    return _of_files(folder, shards, _of_samples)
+
+
+def _of_files(folder: Path, shards: Path | None, of_weights: Callable[[Path], str]) -> str:
     files = {str(path.relative_to(folder)): path for path in _own_files(folder)}
     if shards is not None:
         files |= {f"shards/{path.name}": path for path in shards.iterdir() if path.is_file()}
@@ -37,7 +51,7 @@ def of_checkpoint(folder: Path, shards: Path | None = None, *, cache_dir: Path |
         raise CheckpointError(f"{folder}: no configuration and no weights")
     total = hashlib.sha256()
     for name, path in sorted(files.items()):
-        found = _of_file(path) if path.suffix in _TEXTS or cache_dir is None else _remembered(path, cache_dir / MEMORY)
+        found = _of_file(path) if path.suffix in _TEXTS else of_weights(path)
         total.update(f"{name} {found}\n".encode())
     return total.hexdigest()[:16]
 
@@ -62,6 +76,20 @@ def _files_of_model(place: Path) -> list[Path]:
 def _of_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _of_samples(path: Path) -> str:
+    """Of blocks from the first byte to the last, evenly spaced; of all of a small file."""
+    size = path.stat().st_size
+    total = hashlib.sha256(f"{size}\n".encode())
+    with path.open("rb") as stream:
+        if size <= SAMPLES * BLOCK:
+            total.update(stream.read())
+        else:
+            for number in range(SAMPLES):
+                stream.seek(number * (size - BLOCK) // (SAMPLES - 1))
+                total.update(stream.read(BLOCK))
+    return total.hexdigest()
 
 
 def _remembered(path: Path, memory: Path) -> str:

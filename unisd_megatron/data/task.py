@@ -120,6 +120,11 @@ class Task(ABC):
         """Whether wrong solutions are made by a rule, where no model has generated any."""
         return cls.corrupt is not Task.corrupt
 
+    @classmethod
+    def has_request(cls) -> bool:
+        """Whether a model can be asked for wrong solutions."""
+        return cls.corruptions is not Task.corruptions
+
     def corruptions(self, record: Record) -> Sequence[Corruption]:
         """The kinds of wrong solutions that a model can be asked for, for this record; none: it cannot be asked."""
         return ()

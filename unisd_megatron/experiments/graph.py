@@ -17,18 +17,18 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from unisd_megatron.caches import CACHE_SETTINGS, CacheKind
 from unisd_megatron.config import Caches, Run
-from unisd_megatron.data import TASKS
 from unisd_megatron.errors import ConfigError
 from unisd_megatron.experiments import identity
 from unisd_megatron.experiments.grid import Cell, Grid
 from unisd_megatron.experiments.identity import Contents
+from unisd_megatron.prepare.needs import kinds_of, task_of
 
 Kind = Literal["prepare", "train", "evaluate", "report"]
 LAYERS: tuple[Kind, ...] = ("prepare", "train", "evaluate", "report")
@@ -78,7 +78,7 @@ def build(grid: Grid, folder: Path, contents: Contents) -> Sweep:
     files: dict[str, Any] = {}
     taken: dict[str, int] = {}
     for number, cell in enumerate(cells):
-        key = identity.of_run(cell.run, contents)
+        key = identity.of_run(cell.run, grid.ranks(cell.run), contents)
         if key in taken:
             raise ConfigError(f"{grid.where}: {_name(cells[taken[key]], varying)!r} stands there twice; drop one of the two")
         taken[key] = number
@@ -91,12 +91,13 @@ def build(grid: Grid, folder: Path, contents: Contents) -> Sweep:
 
 
 def _varying(cells: Sequence[Cell]) -> dict[str, list[str]]:
-    """By mode and data set, the settings that not all of its runs share."""
+    """By mode and data set, what a run's name tells: the data set where there are several, and what its runs do not share."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(_group(cell.run), []).append(cell.run.flat())
+    several = ["dataset"] if len({cell.run.data.dataset for cell in cells}) > 1 else []
     return {
-        group: [name for name, value in rows[0].items() if any(row[name] != value for row in rows)]
+        group: several + [name for name, value in rows[0].items() if any(row[name] != value for row in rows)]
         for group, rows in groups.items()
     }
 
@@ -123,7 +124,8 @@ class _Builder:
         flat = cell.run.flat()
         words = ["train", "--config", str(self.folder / place / "settings.json"), "--seed", str(seed)]
         words += ["--output_dir", str(self.folder / home / "train")]
-        needs = tuple(self._prepare(cell.run, kind) for kind in _caches(cell.run))
+        task = task_of(cell.run.data, cell.run.objective.semantics)
+        needs = tuple(self._prepare(cell.run, kind) for kind in kinds_of(cell.run, task))
         ranks = self.grid.ranks(cell.run)
         train = Node(f"train-{name}", "train", f"{home}/train", _unisd(words, ranks), f"{key}-{seed}", needs, ranks)
         self._add(train)
@@ -185,17 +187,6 @@ class _Builder:
 
     def _add(self, node: Node) -> None:
         self.nodes.setdefault(node.name, node)
-
-
-def _caches(run: Run) -> Iterator[CacheKind]:
-    """What a run reads from caches."""
-    if run.agreement is not None and run.data.fewshot_method == "retrieval":
-        yield "embeddings"
-    if run.agreement is not None and run.data.fewshot_method == "induction":
-        yield "induction"
-    rule = TASKS[run.data.dataset or ""].has_rule()
-    if run.needs_negative and (run.data.negatives or ("corrupted" if rule else "generated")) == "generated":
-        yield "negatives"
 
 
 def _words(flags: Mapping[str, Any]) -> list[str]:

@@ -18,11 +18,12 @@ GENERATION = 1
 
 RECORDED = frozenset({"eval_steps", "eval_examples", "save_rollouts"})
 """A resumed run may change them, but what a finished run left behind depends on them."""
-SAMPLED = frozenset({"rollout", "replay_path", "use_vllm"})
+SAMPLED = frozenset({"rollout", "use_vllm"})
 """Another engine draws other completions from the same weights."""
-NOT_SHAPING = (RESUME_MAY_CHANGE - RECORDED - SAMPLED) | {"model_name", "retrieval_model", "seed"}
-"""Where to and how fast; of files, the contents count and not the path; the seed stands beside the digest."""
-EVALUATION_NOT_SHAPING = frozenset({"data_path", "batch_size", "workers", "unsafe"})
+NOT_SHAPING = (RESUME_MAY_CHANGE - RECORDED - SAMPLED) | {"seed", "use_distributed_optimizer"}
+"""Where to and how fast; of files, the contents count and not the path; the seed stands beside the digest. Nor how the
+optimizer is cut up, though a run is resumed with the same alone."""
+EVALUATION_NOT_SHAPING = frozenset({"data_path", "base_model_name", "base_answers", "batch_size", "workers", "unsafe"})
 
 
 class Contents:
@@ -56,6 +57,15 @@ class Contents:
             )
         return self._known[name]
 
+    def of_recordings(self, folder: str) -> str:
+        """Of the completions that an earlier run recorded. Raises `ConfigError` for a folder without any."""
+        if folder not in self._known:
+            files = sorted(Path(folder).glob("step_*.jsonl"))
+            if not files:
+                raise ConfigError(f"{folder}: no recorded completions (step_*.jsonl) to replay")
+            self._known[folder] = digest([[path.name, self.of_file(str(path))] for path in files])
+        return self._known[folder]
+
     def of_data(self, dataset: str, path: str | None) -> str:
         """Of the file that is read; without one, where the task's records come from."""
         return self.of_file(path) if path is not None else f"hub {TASKS[dataset].hub_id}"
@@ -66,9 +76,10 @@ def digest(value: Any, length: int = 12) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
-def of_run(run: Run, contents: Contents) -> str:
-    """Of a training run, its seed apart: 12 hexadecimal digits. The layout counts where it changes more than rounding."""
-    hidden = NOT_SHAPING - (RELEASED_MAY_NOT_CHANGE if run.objective.semantics == "released" else frozenset())
+def of_run(run: Run, ranks: int, contents: Contents) -> str:
+    """Of a training run, its seed apart: 12 hexadecimal digits. Layout and ranks count where they change more than rounding."""
+    released = run.objective.semantics == "released"
+    hidden = NOT_SHAPING - (RELEASED_MAY_NOT_CHANGE if released else frozenset())
     shaping = {name: value for name, value in run.flat().items() if name not in hidden}
     assert run.data.dataset is not None
     shaping |= {
@@ -76,6 +87,10 @@ def of_run(run: Run, contents: Contents) -> str:
         "model": contents.of_model(run.model_name),
         "data": contents.of_data(run.data.dataset, run.data.data_path),
     }
+    if released:
+        shaping["ranks"] = ranks
+    if run.rollout.replay_path is not None:
+        shaping["replay"] = contents.of_recordings(run.rollout.replay_path)
     if run.data.fewshot_method == "retrieval":
         shaping["embeddings"] = contents.of_model(run.caches.retrieval_model)
     if run.schedule.eval_steps and run.schedule.eval_data_path is not None:
@@ -86,5 +101,9 @@ def of_run(run: Run, contents: Contents) -> str:
 def of_evaluation(dataset: str, flags: Mapping[str, Any], contents: Contents) -> str:
     """Of how a checkpoint is evaluated, the checkpoint apart: 8 hexadecimal digits."""
     shaping = {name: value for name, value in flags.items() if name not in EVALUATION_NOT_SHAPING}
+    if flags.get("base_model_name") is not None:
+        shaping["base"] = contents.of_model(flags["base_model_name"])
+    if flags.get("base_answers") is not None:
+        shaping["base_answers"] = contents.of_file(str(Path(flags["base_answers"]) / "answers.jsonl"))
     data = contents.of_data(dataset, flags.get("data_path"))
     return digest([GENERATION, dataset, data, shaping], length=8)

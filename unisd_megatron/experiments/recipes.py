@@ -36,12 +36,14 @@ MACHINE: Mapping[str, Any] = {
     "vllm_gpu_memory_utilization": 0.3,
 }
 """What the published runs were made with; not a part of the method."""
+_MICRO_BATCHES = 4  # to an optimizer step, in every published run
 
 _EMA = {"ref_model_sync_steps": 10, "ref_model_mixup_beta": 0.9}
 _K = {"num_auxiliary_contexts": 3}
+_WRITTEN = {"negatives": "generated"}  # a model wrote them for every data set; a task's rule would be the default
 _OWN: Mapping[str, Mapping[Launch, Mapping[str, Any]]] = {
     "ema": {"direct": _EMA, "orchestrator": _EMA},
-    "contrastive": dict.fromkeys(LAUNCHES, {"contrastive_weight": 0.1, "contrastive_margin": 0.5}),
+    "contrastive": dict.fromkeys(LAUNCHES, {"contrastive_weight": 0.1, "contrastive_margin": 0.5, **_WRITTEN}),
     "match_joint": dict.fromkeys(LAUNCHES, {"final_layer_distill_weight": 0.1}),
     "clip": dict.fromkeys(LAUNCHES, {"token_clip": 10.0, "alpha": 0.0}),
     "unisd_star": {
@@ -51,6 +53,7 @@ _OWN: Mapping[str, Mapping[Launch, Mapping[str, Any]]] = {
             "gamma_agreement": 1.0,
             "contrastive_weight": 0.1,
             "contrastive_margin": 0.5,
+            **_WRITTEN,
             "final_layer_distill_weight": 0.1,
             **_EMA,
         },
@@ -60,6 +63,7 @@ _OWN: Mapping[str, Mapping[Launch, Mapping[str, Any]]] = {
             "gamma_agreement": 0.001,
             "contrastive_weight": 0.01,
             "contrastive_margin": 0.1,
+            **_WRITTEN,
             "final_layer_distill_weight": 0.01,
             "ref_model_sync_steps": 10,
             "ref_model_mixup_beta": 0.98,
@@ -75,7 +79,10 @@ PUBLISHED: tuple[str, ...] = (
 
 
 def method(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
-    """The settings of a mode without the machine's. A mode without a recipe has the common ones alone."""
+    """The settings of a mode without the machine's. A mode without a recipe has the common ones alone.
+
+    Released semantics averages over micro-batches of equally many sequences, so there they are a part of the method.
+    """
     values = {"mode": mode, "semantics": semantics, **COMMON, **LENGTHS[launch], **_of_mode(mode, launch)}
     if mode not in PUBLISHED:
         del values["temperature"]  # a baseline samples as its own paper says
@@ -84,14 +91,8 @@ def method(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
             values["token_clip"] = 10.0  # part of UniSD* in the paper, not in the released code
         elif launch == "orchestrator":
             values["global_batch_size"] = 8  # half of the other modes', without a word
-    return values
-
-
-def recipe(mode: str, launch: Launch, semantics: Semantics) -> dict[str, Any]:
-    """The whole file: what the method is, and what it ran on."""
-    values = {**method(mode, launch, semantics), **MACHINE}
-    if values["global_batch_size"] == 8:
-        values["micro_batch_size"] = 2  # four of them to a step, as everywhere; released semantics normalises over each
+    if semantics == "released":
+        values |= {"micro_batch_size": values["global_batch_size"] // _MICRO_BATCHES, "packing": False}
     return values
 
 
@@ -109,7 +110,7 @@ def text(mode: str, launch: Launch, semantics: Semantics) -> str:
 
     said = {"direct": "the authors' training command as it comes", "orchestrator": "the authors' orchestrator"}[launch]
     head = f"# {mode}: the settings of {said}, {semantics} semantics (docs/experiments.md).\n"
-    values = recipe(mode, launch, semantics)
-    machine = {name: values.pop(name) for name in MACHINE}
+    values = method(mode, launch, semantics)
+    machine = {name: value for name, value in MACHINE.items() if name not in values}
     tail = "\n# What it ran on; choose your own.\n" + yaml.safe_dump(machine, sort_keys=False)
     return head + yaml.safe_dump(values, sort_keys=False) + tail

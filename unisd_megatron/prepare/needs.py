@@ -42,6 +42,8 @@ def _generates(run: Run, task: Task) -> bool:
     chosen = run.data.negatives or ("corrupted" if rule else "generated")
     if chosen == "corrupted" and not rule:
         raise ConfigError(f"--negatives corrupted: --dataset {task.name} has no rule for wrong solutions; use generated")
+    if chosen == "generated" and not task.has_request():
+        raise ConfigError(f"--negatives generated: {task.name} has no kinds of wrong solutions to ask for; use corrupted")
     idle = [name for name in sorted(NEGATIVE_CACHE) if run.origins.get(name) == "flag"]
     if chosen == "corrupted" and idle:
         raise ConfigError(f"--{idle[0]} does nothing with --negatives corrupted, the choice for {task.name}; drop it")

@@ -12,6 +12,7 @@ import torch
 
 from unisd_megatron.batch import STUDENT, Prompts
 from unisd_megatron.config import Run
+from unisd_megatron.convert import fingerprint
 from unisd_megatron.convert.source import Source, load_stage, open_source
 from unisd_megatron.convert.tokenizer import load_tokenizer
 from unisd_megatron.data import Sampler, Task, build_examples
@@ -51,14 +52,8 @@ class Prepared:
     prompts: list[Prompts]
     max_steps: int
     notes: list[str]
+    identity: dict[str, Any]  # what makes the run itself beside its settings, as checkpoints record it
     sample_filter: SampleFilter | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes the run itself beside its settings, as checkpoints record it."""
-        told = [(one.id, sorted(one.views.items()), *([one.reference] if one.reference else [])) for one in self.prompts]
-        digest = hashlib.sha256(repr(told).encode()).hexdigest()
-        return {"data": digest[:16], "max_steps": self.max_steps}
 
 
 def prepare(run: Run, world_size: int) -> Prepared:
@@ -112,7 +107,15 @@ def prepare(run: Run, world_size: int) -> Prepared:
     max_steps = run.schedule.max_steps or max(
         1, round(run.schedule.num_train_epochs * len(prompts) / run.layout.global_batch_size)
     )
-    return Prepared(source, tokenizer, ends, task, prompts, max_steps, notes, sample_filter)
+    identity = {"data": _digest(prompts), "max_steps": max_steps, "model": fingerprint.of_samples(source.path, source.shards)}
+    if run.objective.semantics == "released":  # which normalises on each rank by itself
+        identity["processes"] = world_size
+    return Prepared(source, tokenizer, ends, task, prompts, max_steps, notes, identity, sample_filter)
+
+
+def _digest(prompts: list[Prompts]) -> str:
+    told = [(one.id, sorted(one.views.items()), *([one.reference] if one.reference else [])) for one in prompts]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def _check_held_out(task: Task, tokenizer: Any, run: Run) -> None:

@@ -26,6 +26,11 @@ from unisd_megatron.train.learner import Learner
 from unisd_megatron.weights.hf import copy_companions, read_json, resolve_folder
 
 _NAME = re.compile(r"step_(\d+)")
+_ADVICE = {
+    "model": "; --model_name is to be the checkpoint that it began from",
+    "processes": "; start as many, since --semantics released normalises on each of them",
+}
+"""What would be right where a part of a run's identity is another."""
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -67,21 +72,22 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(state: dict[str, Any], run: Run, identity: dict[str, Any], path: Path) -> None:
-    """Raises `ConfigError` where a setting, the data or the number of steps differs from the checkpoint's."""
+    """Raises `ConfigError` where a setting, or what else makes the run itself, differs from the checkpoint's."""
     fixed = RELEASED_MAY_NOT_CHANGE if run.objective.semantics == "released" else frozenset()
     for name, value in run.flat().items():
         before = state["settings"].get(name, value)
         if name not in RESUME_MAY_CHANGE - fixed and before != value:
             raise ConfigError(f"{path} was written with --{name} {before}; this run has {value}. Resume with the same settings")
     for name, value in identity.items():
-        if state["identity"].get(name) != value:
-            raise ConfigError(f"{path} was written with {name} {state['identity'].get(name)}; this run has {value}")
+        before = state["identity"].get(name)
+        if before != value:
+            raise ConfigError(f"{path} was written with {name} {before}; this run has {value}{_ADVICE.get(name, '')}")
 
 
 class Saver:
     """Writes the checkpoints of a run and keeps them to a number; with `--async_save`, while training goes on.
 
-    Args: identity: what makes the run itself beside its settings (digest of the data, number of steps).
+    Args: identity: what makes the run itself beside its settings (`Prepared.identity`).
     """
 
     def __init__(self, learner: Learner, run: Run, identity: dict[str, Any]) -> None:
