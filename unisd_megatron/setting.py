@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import types
 import typing
@@ -18,6 +19,7 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
 
 
+@functools.cache  # a start asks for over a thousand, and hints are parsed from text
 def setting_type(cls: type, name: str) -> tuple[type, tuple[str, ...] | None, bool]:
     """`(python type, choices or None, whether None is allowed)` of a field."""
     hint = typing.get_type_hints(cls)[name]
