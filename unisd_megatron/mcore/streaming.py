@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, SavePlanner
@@ -66,9 +67,14 @@ class _Table:
             for number, piece in enumerate(skeleton.pieces(described, value)):
                 if is_main_replica(piece.replica_id):
                     self._add(_tensor_item(piece), (name, number))
-        for one in skeleton.objects(state):
-            if is_main_replica(one.replica_id):
-                self._add(WriteItem(MetadataIndex(one.unique_key), WriteItemType.BYTE_IO), one)
+        self.add_objects(skeleton.objects(state))
+
+    def add_objects(self, objects: Iterable[ShardedObject]) -> None:
+        """Those of this rank that it does not have yet."""
+        for one in objects:
+            item = WriteItem(MetadataIndex(one.unique_key), WriteItemType.BYTE_IO)
+            if is_main_replica(one.replica_id) and item.index not in self._source:
+                self._add(item, one)
 
     def _add(self, item: WriteItem, source: tuple[str, int] | ShardedObject) -> None:
         self.items.append(item)
@@ -101,7 +107,7 @@ def _tensor_item(piece: ShardedTensor) -> WriteItem:
     return WriteItem(MetadataIndex(piece.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-class _Streaming(SaveShardedStrategy):
+class _Streaming(TorchDistSaveShardedStrategy):
     """Writes in Megatron's format, asking for each tensor when its turn comes."""
 
     def __init__(self, table: _Table) -> None:
@@ -112,6 +118,8 @@ class _Streaming(SaveShardedStrategy):
         return True
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        # megatron-core 0.19 has one of its own, for what all ranks share.
+        self._table.add_objects(one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedObject))
         writer = _Writer(Path(checkpoint_dir), self._table)
         checkpoint.save({}, storage_writer=writer, planner=_Planner(self._table))
 
