@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -41,9 +45,20 @@ def _local_spec(arch: Arch, config: TransformerConfig, platform: Platform) -> Mo
     if arch.local is not None:
         layer.self_attention.module = LocalGlobalSelfAttention
     if arch.sandwich_norms:
-        attention.linear_proj = layer.mlp.submodules.linear_fc2 = RowParallelLinearThenNorm
+        attention.linear_proj = RowParallelLinearThenNorm
+        layer.mlp = _with(layer.mlp, linear_fc2=RowParallelLinearThenNorm)
     if arch.experts is not None:
-        layer.mlp.submodules.router = Router
-        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-            layer.mlp.module = ReplicatedTokensMoELayer
+        replicated = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+        layer.mlp = _with(layer.mlp, ReplicatedTokensMoELayer if replicated else None, router=Router)
     return spec
+
+
+def _with(mlp: ModuleSpec | functools.partial[Any], module: type | None = None, **submodules: type) -> Any:
+    """What builds a layer's MLP, with other submodules and perhaps as another module.
+
+    megatron-core 0.16 has a spec for it, 0.19 a partial of the class or of its constructor.
+    """
+    if isinstance(mlp, functools.partial):
+        changed = dataclasses.replace(mlp.keywords["submodules"], **submodules)
+        return functools.partial(module or mlp.func, *mlp.args, **{**mlp.keywords, "submodules": changed})
+    return dataclasses.replace(mlp, module=module or mlp.module, submodules=dataclasses.replace(mlp.submodules, **submodules))
