@@ -36,7 +36,9 @@ class ReplicatedTokensMoELayer(MoELayer):
         # Not Megatron's own way in, which loses the sum over ranks where a gradient is not contiguous, as that of `weights` is.
         tokens = enter_shards(hidden_states, self.tp_group).flatten(0, -2)
         counts = routing.sum(0)
-        ordered, weights, order, *_ = permute(tokens, routing, probs=enter_shards(probabilities, self.tp_group))
+        probabilities = enter_shards(probabilities, self.tp_group)
+        size = len(tokens) * self.config.moe_router_topk  # no capacity: none is dropped
+        ordered, weights, order, *_ = permute(tokens, routing, probs=probabilities, num_out_tokens=size)
         output, _ = self.experts(ordered, counts, weights)
         output = unpermute(output, order, restore_shape=tokens.shape, routing_map=routing)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group).view_as(hidden_states), None
