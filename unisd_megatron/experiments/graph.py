@@ -13,7 +13,6 @@ Beside the folder of a node lie its `.done.json`, `.failed.json`, `.log` and `.l
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
@@ -155,8 +154,6 @@ class _Builder:
 
     def report(self, runs: Sequence[Mapping[str, Any]]) -> None:
         """The last node: the pages of the whole sweep, by the room `report`. The only place that names its command."""
-        if importlib.util.find_spec("unisd_megatron.report") is None:
-            return
         words = ("report", str(self.folder), "--output_dir", str(self.folder / "report"))
         needs = tuple(node.name for node in self.nodes.values() if node.kind == "evaluate")
         shown = identity.digest([list(runs), [dict(row) for row in self.grid.not_run]])

@@ -52,9 +52,7 @@ class Contents:
             if not folder.is_dir():
                 return name
             shards = folder / "shards"
-            self._known[name] = fingerprint.of_checkpoint(
-                folder, shards if shards.is_dir() else None, cache_dir=self._memory if self._memory else None
-            )
+            self._known[name] = fingerprint.of_checkpoint(folder, shards if shards.is_dir() else None, cache_dir=self._memory)
         return self._known[name]
 
     def of_recordings(self, folder: str) -> str:
